@@ -40,6 +40,9 @@ HEADER_LIMIT = 100_000_000
 JSON_LIMIT = 64 * 1024 * 1024
 """The longest JSON side file, in bytes, that is read; the largest known index is far below."""
 
+DEPTH_LIMIT = 64
+"""How deeply JSON may be nested."""
+
 EDGE = 4096
 """Bytes at each end of a tensor that the quick digest looks at."""
 
@@ -134,7 +137,7 @@ def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique if unique else None)
+        value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique if unique else None)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
     except RecursionError:
@@ -146,6 +149,20 @@ def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
     except ValueError:
         # Python limits the digits of an integer; its message speaks of interpreter settings.
         raise ValueError("a number has too many digits") from None
+    if _is_too_deep(value):
+        raise ValueError("the JSON is nested too deeply")
+    return value
+
+
+def _is_too_deep(value: Any) -> bool:
+    """Say whether JSON is nested deeper than any file of a model, so that no walk over it runs out of stack."""
+    layer = [value]
+    for _ in range(DEPTH_LIMIT):
+        containers = [item for item in layer if isinstance(item, dict | list)]
+        if not containers:
+            return False
+        layer = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
+    return True
 
 
 def read_json_object(path: Path, *, doing: str, unique: bool = False) -> dict[str, Any]:

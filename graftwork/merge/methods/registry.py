@@ -71,6 +71,7 @@ class Method:
         reference: Where it comes from.
         summary: One sentence on what it does.
         program: The method itself: `program(group, **parameters)`.
+        check: Says what is wrong with resolved parameters before anything is read.
     """
 
     name: str
@@ -84,7 +85,11 @@ class Method:
     reference: str
     summary: str
     program: Callable[..., Any]
-    copies_single_holder: bool = False
+    check: Callable[..., str | None]
+
+    def problem(self, **parameters: Any) -> str | None:
+        """Return what is wrong with these resolved parameters taken together, or None."""
+        return self.check(**parameters)
 
 
 _METHODS: dict[str, Method] = {}
@@ -103,6 +108,7 @@ def register(
     parameters: tuple[Parameter, ...] = (),
     models: tuple[int, int | None] = (1, None),
     summary: str | None = None,
+    check: Callable[..., str | None] = lambda **parameters: None,
 ) -> Callable[[Program], Program]:
     """Return a decorator that registers a program as the method `name`.
 
@@ -129,6 +135,7 @@ def register(
             reference=reference,
             summary=summary or (inspect.getdoc(program) or "").split("\n", maxsplit=1)[0],
             program=program,
+            check=check,
         )
         return program
 

@@ -1,0 +1,581 @@
+"""Compiled loops: codecs over raw words, the fused pass made from a formula, and the reducers.
+
+A kernel is generated for a formula, a number of models and the settings that are the same for every element, then
+compiled by numba for the word types at hand, and cached on disk. Everything here releases the GIL.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import inspect
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numba
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic, overload, register_jitable
+
+from graftwork.merge import vocabulary
+
+BLOCK = 65_536
+"""Elements per block of every reduction and digest; results are combined block by block in index order."""
+
+_STRIP = 2_048
+"""Elements a reducing kernel evaluates into scratch memory at a time; small enough for the first-level cache."""
+
+BINS = 1 << 16
+"""Bins of a selection histogram."""
+
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
+
+
+# ---------------------------------------------------------------- bit casts
+
+
+def _bitcast(result: Any, argument: Any) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def cast(typing_context: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], context.get_value_type(result))
+
+        return result(argument), generate
+
+    return cast
+
+
+_float32_of_bits = _bitcast(types.float32, types.uint32)
+_bits_of_float32 = _bitcast(types.uint32, types.float32)
+_float64_of_bits = _bitcast(types.float64, types.uint64)
+_bits_of_float64 = _bitcast(types.uint64, types.float64)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _half_to_float32(typing_context: Any, word: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        from llvmlite import ir
+
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float32_to_half(typing_context: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        from llvmlite import ir
+
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), generate
+
+
+# ---------------------------------------------------------------- codecs
+
+
+def _float8_table(exponent_bits: int, mantissa_bits: int, bias: int, *, infinities: bool) -> np.ndarray[Any, Any]:
+    table = np.empty(256, np.float32)
+    top = (1 << exponent_bits) - 1
+    for word in range(256):
+        sign = -1.0 if word & 128 else 1.0
+        exponent = word >> mantissa_bits & top
+        mantissa = word & ((1 << mantissa_bits) - 1)
+        if infinities and exponent == top:
+            value = np.nan if mantissa else np.inf
+        elif not infinities and exponent == top and mantissa == (1 << mantissa_bits) - 1:
+            value = np.nan
+        elif exponent == 0:
+            value = mantissa * 2.0 ** (1 - bias - mantissa_bits)
+        else:
+            value = (1 + mantissa / (1 << mantissa_bits)) * 2.0 ** (exponent - bias)
+        table[word] = sign * value
+    return table
+
+
+_E4M3 = _float8_table(4, 3, 7, infinities=False)
+_E5M2 = _float8_table(5, 2, 15, infinities=True)
+
+
+def load(word: Any) -> Any:
+    """Return the value of a raw word (compiled code only); its type says which dtype it is, see `dtypes.RAW`."""
+    raise NotImplementedError("only in compiled code")
+
+
+@overload(load, inline="always")
+def _load(word: Any) -> Any:
+    if word == types.uint16:
+        return lambda word: _float32_of_bits(types.uint32(word) << types.uint32(16))
+    if word == types.int16:
+        return lambda word: _half_to_float32(word)
+    if word == types.uint8:
+        return lambda word: _E4M3[word]
+    if word == types.int8:
+        return lambda word: _E5M2[types.uint8(word)]
+    if word in (types.float32, types.float64):
+        return lambda word: word
+    return None
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _round_to_odd(value: float) -> Any:
+    """Return a float32 from which a further rounding to fewer bits gives what one rounding of `value` would."""
+    near = np.float32(value)
+    rest = value - np.float64(near)
+    bits = _bits_of_float32(near)
+    if rest == rest and rest != 0 and near != 0 and (bits & types.uint32(1)) == 0 and abs(rest) < np.inf:
+        bits = bits + types.uint32(1) if (rest > 0) == (near > 0) else bits - types.uint32(1)
+    return _float32_of_bits(bits)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _to_bfloat16(value: Any) -> Any:
+    bits = _bits_of_float32(value)
+    rounded = (bits + types.uint32(0x7FFF) + ((bits >> types.uint32(16)) & types.uint32(1))) >> types.uint32(16)
+    return types.uint16(rounded) if value == value else types.uint16(0x7FC0)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _to_float8(value: Any, mantissa_bits: int, bias: int, largest: int) -> Any:
+    """Round to nearest even; beyond the largest number comes the next code, which is NaN (e4m3) or infinity (e5m2)."""
+    bits = _bits_of_float32(value)
+    sign = (bits >> types.uint32(24)) & types.uint32(0x80)
+    bits = bits & types.uint32(0x7FFFFFFF)
+    magnitude = _float32_of_bits(bits)
+    shift = types.uint32(23 - mantissa_bits)
+    smallest_normal = types.uint32((127 - bias + 1) << 23)
+    if magnitude != magnitude:
+        code = types.uint32(0x7F)
+    elif bits < smallest_normal:
+        unit = _float32_of_bits(types.uint32((127 + bias - 1 + mantissa_bits) << 23))
+        code = types.uint32((magnitude * unit + np.float32(8388608.0)) - np.float32(8388608.0))
+    else:
+        rounded = bits + (types.uint32(1) << (shift - types.uint32(1))) - types.uint32(1)
+        rounded += (bits >> shift) & types.uint32(1)
+        code = (rounded >> shift) - types.uint32((127 - bias) << mantissa_bits)
+        code = min(code, types.uint32(largest + 1))
+    return types.uint8(sign | code)
+
+
+def store(value: Any, like: Any) -> Any:
+    """Return `value` rounded once to the raw word type of `like` (compiled code only)."""
+    raise NotImplementedError("only in compiled code")
+
+
+@overload(store, inline="always")
+def _store(value: Any, like: Any) -> Any:
+    narrow = (lambda value: _round_to_odd(value)) if value == types.float64 else (lambda value: value)
+    narrow = njit(narrow, inline="always")
+    if like == types.uint16:
+        return lambda value, like: _to_bfloat16(narrow(value))
+    if like == types.int16:
+        return lambda value, like: _float32_to_half(narrow(value))
+    if like == types.uint8:
+        return lambda value, like: _to_float8(narrow(value), 3, 7, 0x7E)
+    if like == types.int8:
+        return lambda value, like: types.int8(_to_float8(narrow(value), 2, 15, 0x7B))
+    if like == types.float32:
+        return lambda value, like: types.float32(value)
+    if like == types.float64:
+        return lambda value, like: types.float64(value)
+    return None
+
+
+def unusual(word: Any) -> Any:
+    """Return whether a raw word is NaN or infinite (compiled code only)."""
+    raise NotImplementedError("only in compiled code")
+
+
+@overload(unusual, inline="always")
+def _unusual(word: Any) -> Any:
+    if word == types.uint16:
+        return lambda word: (word & types.uint16(0x7F80)) == types.uint16(0x7F80)
+    if word == types.int16:
+        return lambda word: (types.uint16(word) & types.uint16(0x7C00)) == types.uint16(0x7C00)
+    if word == types.uint8:
+        return lambda word: (word & types.uint8(0x7F)) == types.uint8(0x7F)
+    if word == types.int8:
+        return lambda word: (types.uint8(word) & types.uint8(0x7C)) == types.uint8(0x7C)
+    if word == types.float32:
+        return lambda word: (_bits_of_float32(word) & types.uint32(0x7F800000)) == types.uint32(0x7F800000)
+    if word == types.float64:
+        exponent = 0x7FF0000000000000
+        return lambda word: (_bits_of_float64(word) & types.uint64(exponent)) == types.uint64(exponent)
+    return None
+
+
+# ---------------------------------------------------------------- the vocabulary, compiled
+
+
+@overload(vocabulary.zeros_like, inline="always")
+def _zeros_like(value: Any) -> Any:
+    kind = value
+    return lambda value: kind(0)
+
+
+@overload(vocabulary.where, inline="always")
+def _where(condition: Any, value: Any, other: Any) -> Any:
+    kind = value
+    return lambda condition, value, other: value if condition else kind(other)
+
+
+@overload(vocabulary.number, inline="always")
+def _number(condition: Any, like: Any) -> Any:
+    kind = like
+    return lambda condition, like: kind(1) if condition else kind(0)
+
+
+@overload(vocabulary.minimum, inline="always")
+def _minimum(value: Any, bound: Any) -> Any:
+    kind = value
+    return lambda value, bound: kind(bound) if bound < value else value
+
+
+@overload(vocabulary.maximum, inline="always")
+def _maximum(value: Any, bound: Any) -> Any:
+    kind = value
+    return lambda value, bound: kind(bound) if bound > value else value
+
+
+@overload(vocabulary.drawn, inline="always")
+def _drawn(key: Any, index: Any, threshold: Any) -> Any:
+    def draw(key: Any, index: Any, threshold: Any) -> Any:
+        gamma = types.uint64(0x9E3779B97F4A7C15)
+        word = types.uint64(key) + ((types.uint64(index) >> types.uint64(1)) + types.uint64(1)) * gamma
+        word = (word ^ (word >> types.uint64(30))) * types.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> types.uint64(27))) * types.uint64(0x94D049BB133111EB)
+        word = word ^ (word >> types.uint64(31))
+        half = word >> ((types.uint64(index) & types.uint64(1)) << types.uint64(5))
+        return (half & types.uint64(0xFFFFFFFF)) < types.uint64(threshold)
+
+    return draw
+
+
+@overload(vocabulary.key32, inline="always")
+def _key32(score: Any) -> Any:
+    return lambda score: types.int64(_bits_of_float32(types.float32(score)))
+
+
+@overload(vocabulary.key64, inline="always")
+def _key64(score: Any) -> Any:
+    return lambda score: types.int64(_bits_of_float64(types.float64(score)))
+
+
+@overload(vocabulary.distance_key, inline="always")
+def _distance_key(value: Any, base: Any, wide: Any) -> Any:
+    def key(value: Any, base: Any, wide: Any) -> Any:
+        narrow = types.int64(_bits_of_float32(abs(types.float32(value) - types.float32(base))))
+        return types.int64(_bits_of_float64(types.float64(abs(value - base)))) if wide else narrow
+
+    return key
+
+
+@overload(vocabulary.admitted, inline="always")
+def _admitted(key: Any, index: Any, cut_key: Any, cut_index: Any) -> Any:
+    def compare(key: Any, index: Any, cut_key: Any, cut_index: Any) -> Any:
+        return (key > cut_key) | ((key == cut_key) & (index <= cut_index))
+
+    return compare
+
+
+@overload(vocabulary.row_value, inline="always")
+def _row_value(table: Any, index: Any, columns: Any) -> Any:
+    return lambda table, index, columns: table[index // columns]
+
+
+# ---------------------------------------------------------------- reducers over a strip of evaluated values
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _reduce_sums(strip: Any, count: int, start: int, sums: Any) -> None:
+    """Add each row of `strip` to `sums[row]`, in a fixed split into lanes: element i goes to lane i % 32."""
+    lanes = sums.shape[1]
+    whole = count - count % lanes
+    for row in range(strip.shape[0]):
+        lane = sums[row]
+        values = strip[row]
+        for first in range(0, whole, lanes):
+            for offset in range(32):
+                lane[offset] += values[first + offset]
+        for position in range(whole, count):
+            lane[position - whole] += values[position]
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _reduce_gram(strip: Any, count: int, start: int, sums: Any) -> None:
+    """Add the inner products of the rows (upper triangle, row by row) to `sums`, in the same lanes."""
+    whole = count - count % 32
+    pair = 0
+    for row in range(strip.shape[0]):
+        left = strip[row]
+        for column in range(row, strip.shape[0]):
+            right = strip[column]
+            lane = sums[pair]
+            for first in range(0, whole, 32):
+                for offset in range(32):
+                    lane[offset] += left[first + offset] * right[first + offset]
+            for position in range(whole, count):
+                lane[position - whole] += left[position] * right[position]
+            pair += 1
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _reduce_histogram(strip: Any, count: int, start: int, state: Any) -> None:
+    """Count keys into the bins of each window: `state` = (counts, key row, lowest key, shift), one entry per window.
+
+    The first entry of a window's counts is for keys below it, the last for keys above it.
+    """
+    counts, rows, lows, shifts = state
+    bins = counts.shape[1] - 2
+    for window in range(rows.size):
+        keys = strip[rows[window]]
+        low = lows[window]
+        shift = shifts[window]
+        table = counts[window]
+        for position in range(count):
+            distance = (keys[position] - low) >> shift
+            table[min(max(distance, -1), bins) + 1] += 1
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _reduce_equals(strip: Any, count: int, start: int, state: Any) -> None:
+    """Count keys equal to each window's key: `state` = (counts, key row, key)."""
+    counts, rows, targets = state
+    for window in range(rows.size):
+        keys = strip[rows[window]]
+        target = targets[window]
+        hits = 0
+        for position in range(count):
+            hits += keys[position] == target
+        counts[window] += hits
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _reduce_find(strip: Any, count: int, start: int, state: Any) -> None:
+    """Find the index of the n-th key equal to a target: `state` = (counts so far, found, key row, key, n)."""
+    counts, found, rows, targets, wanted = state
+    for window in range(rows.size):
+        keys = strip[rows[window]]
+        for position in range(count):
+            if keys[position] == targets[window]:
+                counts[window] += 1
+                if counts[window] == wanted[window]:
+                    found[window] = start + position
+
+
+REDUCERS: dict[str, Any] = {
+    "sums": _reduce_sums,
+    "gram": _reduce_gram,
+    "histogram": _reduce_histogram,
+    "equals": _reduce_equals,
+    "find": _reduce_find,
+}
+
+
+# ---------------------------------------------------------------- conversions
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def decode(words: Any, values: Any) -> int:
+    """Widen raw words into float32 or float64; return 1 if one of them is not finite, else 0."""
+    bad = False
+    for position in range(values.size):
+        word = words[position]
+        values[position] = load(word)
+        bad |= unusual(word)
+    return 1 if bad else 0
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def encode(values: Any, words: Any) -> int:
+    """Round float32 or float64 values once into raw words; return 2 if one of these is not finite, else 0."""
+    bad = False
+    for position in range(words.size):
+        word = store(values[position], words[position])
+        words[position] = word
+        bad |= unusual(word)
+    return 2 if bad else 0
+
+
+# ---------------------------------------------------------------- kernels made from a formula
+
+_APPLY = """
+def kernel({arguments}, start, {parameters}output):
+    bad = False
+    wrong = False
+    for i in range(output.size):
+        value = formula({values}, start + i{passed})
+        word = store(value, output[i])
+        output[i] = word
+        wrong |= unusual(word)
+        bad |= {unusual}
+    return (1 if bad else 0) + (2 if wrong else 0)
+"""
+
+_REDUCE = """
+def kernel({arguments}, start, {parameters}strip, state):
+    bad = False
+    size = {first}.size
+    for first in range(0, size, STRIP):
+        count = min(STRIP, size - first)
+        for i in range(count):
+            at = first + i
+            terms = {calls}
+            {scatter}
+            bad |= {unusual}
+        reduce(strip, count, start + first, state)
+    return 1 if bad else 0
+"""
+
+
+@functools.cache
+def _stamp() -> str:
+    """Return a digest of everything that compiled kernels depend on besides the formula itself."""
+    digest = hashlib.sha256(f"{numba.__version__} {np.__version__} {sys.version}".encode())
+    folder = Path(__file__).parent
+    for module in (Path(__file__), Path(vocabulary.__file__), *sorted((folder / "methods").glob("*.py"))):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+_JITABLE: set[Any] = set()
+
+
+def _register_helpers(function: Any) -> None:
+    """Let compiled code call the plain functions that a formula calls, as it calls the vocabulary."""
+    for name in function.__code__.co_names:
+        helper = function.__globals__.get(name)
+        if inspect.isfunction(helper) and helper.__module__ != vocabulary.__name__ and helper not in _JITABLE:
+            _JITABLE.add(helper)
+            register_jitable(helper)
+            _register_helpers(helper)
+
+
+def cache_folder() -> Path:
+    """Return the folder that holds generated kernels, `$GRAFTWORK_CACHE` or the user's cache folder."""
+    root = os.environ.get("GRAFTWORK_CACHE")
+    if root is None:
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "graftwork")
+    return Path(root) / "kernels" / _stamp()
+
+
+def _module(source: str, key: str) -> ModuleType:
+    """Import generated source as a module from the cache, so that numba can cache what it compiles beside it."""
+    name = f"graftwork_kernel_{key}"
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.py"
+        if not path.exists():
+            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as handle:
+                handle.write(source)
+            os.replace(handle.name, path)
+    except OSError:  # an unwritable home: compile without a cache
+        path = None
+    if path is None:
+        module = ModuleType(name)
+        exec(compile(source, name, "exec"), module.__dict__)
+        module.__dict__["CACHED"] = False
+        return module
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    module.__dict__["CACHED"] = True
+    return module
+
+
+@functools.lru_cache(maxsize=512)
+def kernel(
+    formula: Callable[..., Any],
+    models: int,
+    has_base: bool,
+    precision: str,
+    parameters: tuple[tuple[str, int, bool], ...],
+    literals: tuple[tuple[str, Any], ...],
+    reducer: str = "",
+    terms: int = 1,
+    each: bool = False,
+    elementwise: tuple[str, ...] = (),
+) -> Any:
+    """Return the compiled pass of a formula.
+
+    Args:
+        formula: `formula(models, base, index, **parameters)`; returns a value, or a tuple of `terms` values.
+        models: Number of models; `models` is a tuple of so many values.
+        has_base: Whether there is a base; otherwise `base` is the first model.
+        precision: "float32" or "float64": the type in which it is evaluated.
+        parameters: Name, length (0 for a scalar) and whether it is a floating-point number of each run-time parameter.
+        literals: Settings that are the same for every element and are compiled in.
+        reducer: A key of `REDUCERS`; empty for a pass that writes the value.
+        terms: Number of values in all, for a reducer.
+        elementwise: Names of per-model parameters that have a value per element.
+        each: Whether the formula is called once per model and returns a tuple, the tuples being strung together.
+
+    Returns:
+        `kernel(x0, …, [base], [columns…], start, parameters…, output)`, or `(…, strip, state)` with a reducer; it returns 1 if an
+        input word is not finite, plus 2 if an output word is not.
+    """
+    _register_helpers(formula)
+    arguments = [f"x{number}" for number in range(models)] + (["b"] if has_base else [])
+    position = "at" if reducer else "i"
+    columns = {name: [f"{name}_{number}" for number in range(models)] for name in elementwise}
+    cast = "float32" if precision == "float32" else "float64"
+    loaded = [f"{cast}(load({argument}[{position}]))" for argument in arguments]
+    base = loaded[-1] if has_base else loaded[0]
+    values = f"({', '.join(loaded[:models])},), {base}"
+    names = [name for name, _, _ in parameters]
+    fixed = "".join(f", {name}={value!r}" for name, value in literals)
+    entries = {name: [f"{column}[{position}]" for column in columns[name]] for name in columns}
+    fixed_columns = "".join(f", {name}=({', '.join(entry)},)" for name, entry in entries.items())
+    passed = "".join(f", {name}={name}" for name in names) + fixed_columns + fixed
+    calls = f"formula({values}, start + at{passed})"
+    if each:
+        calls = " + ".join(
+            f"formula({loaded[number]}, {values}, start + at"
+            + "".join(f", {name}={name}[{number}]" if length else f", {name}={name}" for name, length, _ in parameters)
+            + "".join(f", {name}={entry[number]}" for name, entry in entries.items())
+            + f"{fixed})"
+            for number in range(models)
+        )
+    fields = {
+        "arguments": ", ".join(arguments + [column for name in columns for column in columns[name]]),
+        "first": arguments[0],
+        "parameters": "".join(f"{name}, " for name in names),
+        "values": values,
+        "passed": passed,
+        "calls": calls,
+        "unusual": " | ".join(f"unusual({argument}[{position}])" for argument in arguments),
+        "scatter": "; ".join(f"strip[{term}, i] = terms[{term}]" for term in range(terms)),
+    }
+    body = (_REDUCE if reducer else _APPLY).format(**fields)
+    head = (
+        "from numba import njit, float32, float64\n"
+        "from graftwork.merge.kernels import REDUCERS, load, store, unusual\n"
+        f"from {formula.__module__} import {formula.__qualname__} as plain\n"
+        'formula = njit(plain, error_model="numpy")\n'
+        f"STRIP = {_STRIP}\n" + (f'reduce = REDUCERS["{reducer}"]\n' if reducer else "")
+    )
+    tail = '\nkernel = njit(nogil=True, error_model="numpy", cache=True)(kernel)\n'
+    key = hashlib.sha256(
+        _stamp().encode() + head.encode() + body.encode()
+    ).hexdigest()[:24]
+    module = _module(head + body + tail, key)
+    return module.kernel
+
+
+def strip(terms: int, dtype: str) -> np.ndarray[Any, Any]:
+    """Return scratch memory for a reducing kernel of so many terms."""
+    return np.empty((terms, _STRIP), dtype)
+
+
+def sum_lanes(count: int) -> np.ndarray[Any, Any]:
+    """Return zeroed accumulators of `count` sums."""
+    return np.zeros((count, 32), np.float64)

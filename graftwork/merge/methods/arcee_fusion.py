@@ -1,0 +1,67 @@
+"""Arcee Fusion: take over only the changes that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+
+from graftwork.merge.methods.registry import register
+from graftwork.merge.passes import Apply, Group, RowTable, Select
+from graftwork.merge.vocabulary import Value, key64, row_value, where
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def divergence(models: Array, base: Array) -> Array:
+    """Return KL(softmax(x) ‖ softmax(b)) of each row, both distributions raised by 1e-8.
+
+    Written with u = d - log Σ Q·eᵈ so that every term of the sum is non-negative and nothing cancels.
+    """
+    delta = models[0] - base
+    shifted = np.exp(base - base.max(-1, keepdims=True))
+    q = shifted / shifted.sum(-1, keepdims=True)
+    c = np.log1p((q * np.expm1(delta)).sum(-1, keepdims=True))
+    raised = q + 1e-8
+    ratio = q * np.expm1(delta - c) / raised
+    terms: Array = raised * ((1 + ratio) * np.log1p(ratio) - ratio)
+    return np.maximum(terms.sum(-1), 0.0)
+
+
+def importance(
+    models: Sequence[Value], base: Value, index: Value, *, table: Any, columns: int
+) -> tuple[Value]:
+    """Return the key of |d| times the divergence of the entry's row."""
+    return (key64(abs(models[0] - base) * row_value(table, index, columns)),)
+
+
+def taken(
+    models: Sequence[Value], base: Value, index: Value, *, table: Any, columns: int, threshold: float
+) -> Value:
+    """Return the model's value where it matters, else the base's."""
+    return where(abs(models[0] - base) * row_value(table, index, columns) >= threshold, models[0], base)
+
+
+@register(
+    "arcee_fusion",
+    title="Arcee Fusion",
+    kind="rows",
+    base="required",
+    formula="x where |d|·KL(row) ≥ median + 1.5·(q₃ - q₁) of that score, else b",
+    reference="https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration",
+    models=(1, 1),
+)
+def arcee_fusion(group: Group) -> Generator[Any, Any, Apply]:
+    """Take a model's value only where it changed much in a row whose distribution changed much.
+
+    Quantiles are exact; mergekit draws a random sample above a million entries.
+    """
+    size = group.size
+    columns = group.shape[-1] if group.shape else 1
+    table = yield RowTable(divergence)
+    settings = {"table": table, "columns": columns}
+    positions = [int(share * (size - 1)) for share in (0.25, 0.5, 0.75)]
+    (cuts,) = yield Select(importance, (tuple(size - position for position in positions),), settings)
+    first, median, third = (float(np.array(max(cut.key, 0), np.int64).view(np.float64)) for cut in cuts)
+    return Apply(taken, {**settings, "threshold": median + 1.5 * (third - first)}, precision="float64")

@@ -1,0 +1,104 @@
+"""SCE: select by variance, calculate weights, erase minority signs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from graftwork.merge.methods.common import INT8_MASK
+from graftwork.merge.methods.registry import Parameter, register
+from graftwork.merge.passes import EVERYTHING, NOTHING, Apply, Cut, Group, Select, Sums
+from graftwork.merge.vocabulary import Value, admitted, key32, number, where, zeros_like
+
+
+def variance(models: Sequence[Value], base: Value, share: float) -> Value:
+    """Return the variance of the task vectors' entries over the models, `share` being 1/K."""
+    mean = zeros_like(base)
+    for x in models:
+        mean = mean + share * (x - base)
+    total = zeros_like(base)
+    for x in models:
+        deviation = (x - base) - mean
+        total = total + deviation * deviation
+    return share * total
+
+
+def varies(models: Sequence[Value], base: Value, index: Value, *, share: float) -> tuple[Value]:
+    """Return one where the float32 variance is not zero."""
+    return (number(key32(variance(models, base, share)) > 0, base),)
+
+
+def score(models: Sequence[Value], base: Value, index: Value, *, share: float) -> tuple[Value]:
+    """Return the key by which entries are ranked."""
+    return (key32(variance(models, base, share)),)
+
+
+def energy(
+    model: Value, models: Sequence[Value], base: Value, index: Value, *, share: float, cut_key: int, cut_index: int
+) -> tuple[Value]:
+    """Return the squared selected entry of a model's task vector."""
+    kept = admitted(key32(variance(models, base, share)), index, cut_key, cut_index)
+    delta = model - base
+    return (where(kept, delta * delta, zeros_like(base)),)
+
+
+def erased(
+    models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], share: float, cut_key: int,
+    cut_index: int, mask_entries: bool,
+) -> Value:  # fmt: skip
+    """Return the base plus the weighted mean of the entries that have the majority sign."""
+    kept = admitted(key32(variance(models, base, share)), index, cut_key, cut_index)
+    if not mask_entries:
+        kept = base == base
+    total = zeros_like(base)
+    for x in models:
+        total = total + (x - base)
+    positive = total >= 0
+    merged = zeros_like(base)
+    divisor = zeros_like(base)
+    for x, w in zip(models, weight):  # noqa: B905
+        delta = x - base
+        counted = where(positive, number(delta > 0, base), number(delta < 0, base))
+        merged = merged + counted * (w * delta)
+        divisor = divisor + counted * w
+    return base + where(kept & (divisor != 0), merged / where(divisor != 0, divisor, divisor + 1), zeros_like(base))
+
+
+@register(
+    "sce",
+    title="SCE",
+    kind="selection",
+    base="required",
+    formula="b + Σ wᵢ cᵢ d̂ᵢ / Σ wᵢ cᵢ,  d̂ on the entries of largest variance, wᵢ ∝ Σ d̂ᵢ²",
+    reference="https://arxiv.org/abs/2408.07990",
+    parameters=(
+        Parameter("select_topk", "share of the varying entries that is kept", default=1.0, minimum=0, maximum=1),
+        Parameter(
+            "select", "entries: merge the selected entries; weights: use the selection for the weights only, as the authors' code",
+            type=("entries", "weights"), default="entries", extension=True,
+        ),
+        INT8_MASK,
+    ),
+    models=(0, None),
+)  # fmt: skip
+def sce(group: Group, *, select_topk: float, select: str) -> Generator[Any, Any, Apply]:
+    """Keep the entries whose task vectors vary most, weight models by their energy there, erase minority signs.
+
+    Unlike mergekit, weights are never replaced by uniform ones because task vectors are small.
+    """
+    count = group.models
+    share = {"share": 1.0 / count}
+    cut: Cut = EVERYTHING
+    if select_topk < 1:
+        varying = yield Sums(varies, 1, share)
+        rank = int(select_topk * float(varying[0]))
+        ((cut,),) = yield Select(score, ((rank,),), share)
+    chosen = {**share, "cut_key": cut.key, "cut_index": cut.index}
+    energies = yield Sums(energy, count, chosen, each=True)
+    total = float(energies.sum())
+    if total == 0:
+        uniform = select == "weights" and cut is not NOTHING
+        weight = (1.0 / count if uniform else 0.0,) * count
+    else:
+        weight = tuple((energies / total).tolist())
+    return Apply(erased, {**chosen, "weight": weight, "mask_entries": select == "entries"}, precision="float64")

@@ -1,0 +1,146 @@
+"""The passes over the data that a method may ask for, and what it is told about the tensor at hand.
+
+A method's program yields `Gram`, `Sums`, `Select` or `RowTable` and gets the pass's result back; it returns `Apply`,
+`ApplyRows` or `ApplyMatrix`, the pass that makes the output. `Formula`s are described in `graftwork.merge.vocabulary`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Formula = Callable[..., Any]
+"""`formula(models, base, index, **parameters)`; without a base, `base` is the first model.
+
+Where a pass says `each`, the formula is called once per model, as `formula(model, models, base, index, **parameters)`,
+each per-model parameter being that model's; the tuples it returns are strung together."""
+
+
+@dataclass(slots=True)
+class Group:
+    """What a program knows about the tensor it works on.
+
+    Args:
+        name: Name of the output tensor.
+        shape: Its shape.
+        size: Number of elements; with `scope: model` of all tensors together.
+        models: Number of models, the base not counted.
+        has_base: Whether there is a base model.
+        wide: Whether an input is float64, so that scores are too.
+        streams: Position of each model among the non-base models of the recipe, which names its random stream.
+        notes: Lines for the report, appended by the program.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    models: int
+    has_base: bool
+    wide: bool = False
+    streams: tuple[int, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def random_keys(self, seed: int) -> tuple[int, ...]:
+        """Return the key of each model's random stream on this tensor, as signed 64-bit integers."""
+        from graftwork.merge.random import stream_key
+
+        keys = (stream_key(seed, self.name, stream) for stream in self.streams)
+        return tuple(key - (1 << 64) if key >= 1 << 63 else key for key in keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Gram:
+    """Ask for the float64 Gram matrix (count, count) of the vectors that the formula returns."""
+
+    vectors: Formula
+    count: int
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    each: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Ask for the float64 sums over all elements of the values that the formula returns, as an array (count,)."""
+
+    terms: Formula
+    count: int
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    each: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A selection: keys above `key`, and those equal to it up to element `index`."""
+
+    key: int
+    index: int
+
+
+NOTHING = Cut((1 << 63) - 1, -1)
+"""Selects nothing."""
+
+EVERYTHING = Cut(-1, -1)
+"""Selects everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """Ask for the exact cut that admits the `ranks[s][j]` largest keys of score s, lower index first among equals.
+
+    The formula returns the integer keys of its scores, one per entry of `ranks`. The result has the shape of `ranks`.
+    """
+
+    keys: Formula
+    ranks: tuple[tuple[int, ...], ...]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    each: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RowTable:
+    """Ask for one float64 value per row: `function(models, base)` gets float64 arrays (models, rows, columns), (rows,
+    columns) and returns (rows,). Rows run along the last axis.
+    """
+
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Make the output element by element. `precision` "float64" where a decision must not depend on rounding."""
+
+    formula: Formula
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyRows:
+    """Make the output from whole slices along the first axis (the whole tensor if it has fewer than two axes).
+
+    `function(models, base, first, **parameters)` gets float64 arrays (models, slices, …), (slices, …) or None, and the
+    flat index of the first element; it returns (slices, …).
+    """
+
+    function: Callable[..., Any]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PerElement:
+    """A per-model parameter of a formula that has one value per element, made from whole slices.
+
+    `function(models, base, **parameters)` gets arrays as in `ApplyRows` and returns one of the shape of `models`.
+    """
+
+    function: Callable[..., Any]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyMatrix:
+    """Make the output from the whole tensor of all models at once, as float64 arrays; only this needs their memory."""
+
+    function: Callable[..., Any]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
