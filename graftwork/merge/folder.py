@@ -21,7 +21,7 @@ from typing import Any
 from graftwork.merge.checkpoint import JSON_LIMIT, parse_json, quoted, read_json_object, shown
 from graftwork.merge.dtypes import TORCH_NAMES
 from graftwork.merge.errors import CheckpointError, RecipeError
-from graftwork.merge.layers import find_stacks, model_order
+from graftwork.merge.layers import find_stacks, is_head_side, model_order
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Side files
@@ -544,9 +544,8 @@ def compare_configs(
         line += f" from {quoted(labels[donor])}"
         if verdict == "error" and not {key, name} & set(allowed):
             role = " (the base)" if method_uses_base and labels[donor] == base else ""
-            errors.append(
-                f"{line}{role}; merge models that agree, or accept it with --allow-config {key if key.isprintable() else quoted(key)}"
-            )
+            flag = key if key.isprintable() else quoted(key)
+            errors.append(f"{line}{role}; merge models that agree, or accept it with --allow-config {flag}")
         else:
             warnings.append(line)
     return errors, warnings
@@ -720,5 +719,8 @@ def parse_size(text: str) -> int:
 
 def weights_order(names: Iterable[str]) -> list[str]:
     """Return names in the order in which they are written: embeddings, layers by number, the rest, the head."""
-    ordered = sorted(names)
+    # The final norm comes before the head, though its name sorts after `lm_head`.
+    ordered = sorted(
+        names, key=lambda name: (is_head_side(name) and re.search("norm|ln_f", name.lower()) is None, name)
+    )
     return model_order(ordered, find_stacks(ordered))
