@@ -110,7 +110,7 @@ class _Reader:
     def __init__(self, source: str) -> None:
         self.source = source
         self.count = 0
-        self.resolver = Resolver()
+        self.resolver: Any = Resolver()
         self.constructor = SafeConstructor()
         self.anchors: dict[str, tuple[object, int]] = {}
         self.open: list[_Container] = []
@@ -135,7 +135,7 @@ class _Reader:
     def _expand(self, values: int, event: yaml.Event) -> None:
         self.count += values
         if self.count > _MOST_VALUES:
-            line = event.start_mark.line + 1
+            line = _line(event)
             raise RecipeError(f"{self.source}, line {line}: expands to more than {_MOST_VALUES:,} values")
 
     def _path(self, document: Document) -> str:
@@ -165,7 +165,7 @@ class _Reader:
         self._add(self._construct(tag, event.value), 1, event.anchor, document)
 
     def _key(self, parent: _Container, key: str, event: yaml.Event, document: Document) -> None:
-        line = event.start_mark.line + 1
+        line = _line(event)
         if key in parent.lines:
             path = join(parent.path, key)
             document.problems.append((path, f"is written twice, in lines {parent.lines[key]} and {line}"))
@@ -190,9 +190,11 @@ class _Reader:
         return text
 
     def _alias(self, event: yaml.AliasEvent, document: Document) -> None:
-        line = event.start_mark.line + 1
+        line = _line(event)
         if event.anchor not in self.anchors:
-            raise RecipeError(f"{self.source}, line {line}: the alias *{show(event.anchor)[1:-1]} has no anchor before it")
+            raise RecipeError(
+                f"{self.source}, line {line}: the alias *{show(event.anchor)[1:-1]} has no anchor before it"
+            )
         value, size = self.anchors[event.anchor]
         self._expand(size, event)
         parent = self.open[-1] if self.open else None
@@ -205,7 +207,7 @@ class _Reader:
 
     def _start(self, event: yaml.MappingStartEvent | yaml.SequenceStartEvent, document: Document) -> None:
         self._expand(1, event)
-        line = event.start_mark.line + 1
+        line = _line(event)
         if len(self.open) >= _DEEPEST:
             raise RecipeError(f"{self.source}, line {line}: is nested deeper than {_DEEPEST} levels")
         if self.open and isinstance(self.open[-1].value, dict) and self.open[-1].key is None:
@@ -245,6 +247,10 @@ class _Reader:
         else:
             parent.merged.append(value)
             parent.key = None
+
+
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark else 0
 
 
 def join(path: str, key: str) -> str:
@@ -291,7 +297,11 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, source: str, root_keys
     line = lines[mark.line] if mark.line < len(lines) else ""
     letter = line[mark.column] if mark.column < len(line) else ""
     if "cannot start any token" in problem:
-        said = "a tab; YAML is indented with blanks" if letter == "\t" else f"a value that starts with {letter} must be quoted"
+        said = (
+            "a tab; YAML is indented with blanks"
+            if letter == "\t"
+            else f"a value that starts with {letter} must be quoted"
+        )
     hint = _indentation_hint(lines, mark.line, root_keys)
     return f"{source}, line {mark.line + 1}, column {mark.column + 1}: {hint or said}"
 

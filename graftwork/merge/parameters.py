@@ -117,13 +117,15 @@ def convert(parameter: Parameter, value: object) -> object:
     return _in_range(parameter, number)
 
 
-def normalise(parameter: Parameter, setting: object) -> tuple[object, list[tuple[str, str]]]:
+def normalise(parameter: Parameter, setting: object) -> tuple[object, list[tuple[str, str]], list[tuple[str, str]]]:
     """Return `setting` with every value in the type of `parameter`, and what is wrong with it.
 
     Returns:
-        The setting in the same form (lists as tuples), and problems as (key path below the parameter, text).
+        The setting in the same form (lists as tuples), problems and warnings, both as (key path below the parameter,
+        text).
     """
     problems: list[tuple[str, str]] = []
+    warnings: list[tuple[str, str]] = []
 
     def value_of(value: object, path: str) -> object:
         if isinstance(value, list | tuple):
@@ -142,8 +144,13 @@ def normalise(parameter: Parameter, setting: object) -> tuple[object, list[tuple
     def condition(item: Mapping[object, object], path: str) -> object:
         result: dict[str, object] = {}
         for key in item:
-            if key not in SETTING_KEYS:
-                problems.append((path, f"holds {show(key)}, but only `value` and `filter` have a meaning here"))
+            if key in SETTING_KEYS:
+                continue
+            near = nearest_key(str(key), SETTING_KEYS)
+            if near:
+                problems.append((path, f'{show(key)} is not a key here; did you mean "{near}"?'))
+            else:
+                warnings.append((path, f"{show(key)} is not a key here and has no effect"))
         if "value" in item:
             result["value"] = value_of(item["value"], f"{path}.value")
         else:
@@ -156,7 +163,7 @@ def normalise(parameter: Parameter, setting: object) -> tuple[object, list[tuple
         return result
 
     if isinstance(setting, Mapping):
-        return condition(setting, ""), problems
+        return condition(setting, ""), problems, warnings
     if isinstance(setting, list | tuple) and any(isinstance(item, Mapping) for item in setting):
         conditions = []
         for place, item in enumerate(setting):
@@ -164,10 +171,10 @@ def normalise(parameter: Parameter, setting: object) -> tuple[object, list[tuple
                 conditions.append(condition(item, f"[{place}]"))
             else:
                 problems.append((f"[{place}]", f"mixes values with `value`/`filter` entries: {show(item)}"))
-        return tuple(conditions), problems
+        return tuple(conditions), problems, warnings
     if isinstance(setting, list | tuple) and not setting:
-        return (), problems
-    return value_of(setting, ""), problems
+        return (), problems, warnings
+    return value_of(setting, ""), problems, warnings
 
 
 def filters(setting: object) -> Iterator[str]:
@@ -197,6 +204,24 @@ def unmatched_filters(scopes: Iterable[Scope], names: Iterable[str]) -> list[str
     return warnings
 
 
+def nearest_key(word: str, known: Iterable[str]) -> str | None:
+    """Return the known key of which `word` is a misspelling, or None.
+
+    A misspelling is at most two edits away, and at most one per three letters of the known key: `tol` is none of `t`.
+    """
+    lowered = word.lower()
+    best: tuple[int, str] | None = None
+    for key in known:
+        allowed = min(2, len(key) // 3)
+        if lowered == key:
+            return key
+        if abs(len(lowered) - len(key)) <= allowed:
+            distance = _edits(lowered, key)
+            if distance <= allowed and (best is None or distance < best[0]):
+                best = (distance, key)
+    return best[1] if best else None
+
+
 def show(value: object, width: int = 60) -> str:
     """Return a value as one short line, for a message."""
     if isinstance(value, Mapping):
@@ -221,6 +246,21 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def _edits(first: str, second: str) -> int:
+    """Return how many insertions, deletions, replacements and swaps of neighbours turn one word into the other."""
+    before: list[int] = []
+    row = list(range(len(second) + 1))
+    for i, letter in enumerate(first, start=1):
+        following = [i]
+        for j, other in enumerate(second, start=1):
+            cost = min(row[j] + 1, following[j - 1] + 1, row[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == second[j - 2] and first[i - 2] == other:
+                cost = min(cost, before[j - 2] + 1)
+            following.append(cost)
+        before, row = row, following
+    return row[-1]
 
 
 def _evaluate(parameter: Parameter, setting: object, name: str, position: float) -> object:
@@ -266,8 +306,7 @@ def _at(parameter: Parameter, value: object, position: float) -> object:
     if fraction <= 0 or first + 1 >= len(value):
         return start
     end = convert(parameter, value[first + 1])
-    assert isinstance(end, int | float)
-    between = (1.0 - fraction) * start + fraction * end
+    between = (1.0 - fraction) * float(start) + fraction * float(str(end))
     return round(between) if parameter.type is int else between
 
 
