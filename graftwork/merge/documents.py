@@ -17,7 +17,7 @@ from yaml.nodes import ScalarNode
 from yaml.resolver import Resolver
 
 from graftwork.merge.errors import RecipeError
-from graftwork.merge.parameters import printable, show
+from graftwork.merge.problems import join, printable, show
 
 LARGEST_FILE_BYTES = 4 * 2**20
 _MOST_VALUES = 200_000
@@ -251,14 +251,6 @@ class _Reader:
 
 def _line(event: yaml.Event) -> int:
     return event.start_mark.line + 1 if event.start_mark else 0
-
-
-def join(path: str, key: str) -> str:
-    """Return the key path of `key` below `path`."""
-    key = printable(key)
-    if len(key) > 40:
-        key = key[:39] + "…"
-    return f"{path}.{key}" if path else key
 
 
 def _refuse_markdown(text: str, source: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from graftwork.merge.errors import did_you_mean
 from graftwork.merge.methods.registry import REQUIRED, Parameter
+from graftwork.merge.problems import nearest_key, show
 
 if TYPE_CHECKING:
     from graftwork.merge.recipe import Recipe, Slice, Source
@@ -202,65 +203,6 @@ def unmatched_filters(scopes: Iterable[Scope], names: Iterable[str]) -> list[str
                     hint = did_you_mean(wanted.strip("."), parts)
                 warnings.append(f"{path}.{parameter}: the filter {show(wanted)} matches no tensor{hint}")
     return warnings
-
-
-def nearest_key(word: str, known: Iterable[str]) -> str | None:
-    """Return the known key of which `word` is a misspelling, or None.
-
-    A misspelling is at most two edits away, and at most one per three letters of the known key: `tol` is none of `t`.
-    """
-    lowered = word.lower()
-    best: tuple[int, str] | None = None
-    for key in known:
-        allowed = min(2, len(key) // 3)
-        if lowered == key:
-            return key
-        if abs(len(lowered) - len(key)) <= allowed:
-            distance = _edits(lowered, key)
-            if distance <= allowed and (best is None or distance < best[0]):
-                best = (distance, key)
-    return best[1] if best else None
-
-
-def show(value: object, width: int = 60) -> str:
-    """Return a value as one short line, for a message."""
-    if isinstance(value, Mapping):
-        text = "a mapping"
-    elif isinstance(value, list | tuple):
-        text = "a list"
-    elif value is None:
-        text = "nothing (null)"
-    elif isinstance(value, bool):
-        text = str(value).lower()
-    elif isinstance(value, str):
-        text = f'"{printable(value)}"'
-        if len(text) > width:
-            text = f'{text[: width - 2]}…"'
-    else:
-        text = printable(str(value))[:width]
-    return text
-
-
-def printable(text: str) -> str:
-    """Return `text` with everything that is not printable written as an escape."""
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
-def _edits(first: str, second: str) -> int:
-    """Return how many insertions, deletions, replacements and swaps of neighbours turn one word into the other."""
-    before: list[int] = []
-    row = list(range(len(second) + 1))
-    for i, letter in enumerate(first, start=1):
-        following = [i]
-        for j, other in enumerate(second, start=1):
-            cost = min(row[j] + 1, following[j - 1] + 1, row[j - 1] + (letter != other))
-            if i > 1 and j > 1 and letter == second[j - 2] and first[i - 2] == other:
-                cost = min(cost, before[j - 2] + 1)
-            following.append(cost)
-        before, row = row, following
-    return row[-1]
 
 
 def _evaluate(parameter: Parameter, setting: object, name: str, position: float) -> object:

@@ -1,0 +1,595 @@
+"""Turns the text of a recipe file into recipes, and collects everything that is wrong with it.
+
+Everything that can be wrong without opening a model is found here, so that one run shows all of it. Where a key or a
+method is misspelt, reading goes on as if the nearest known one had been meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from graftwork.merge import dtypes
+from graftwork.merge.documents import Document, read_documents
+from graftwork.merge.errors import RecipeError, did_you_mean
+from graftwork.merge.methods import registry
+from graftwork.merge.methods.registry import REQUIRED, Method, Parameter
+from graftwork.merge.parameters import filters, normalise
+from graftwork.merge.problems import Report, join, nearest_key, printable, raise_problems, show, spoken
+from graftwork.merge.recipe import ModelReference, Recipe, Slice, Source
+from graftwork.merge.recipe_references import References, is_scalar, shown_reference
+from graftwork.merge.recipe_schema import (
+    ModelEntry,
+    ModuleEntry,
+    RecipeDocument,
+    SliceEntry,
+    SourceEntry,
+    TokenizerEntry,
+)
+
+_LARGEST_LAYER = 1_000_000
+_ROOT_KEYS = frozenset(RecipeDocument.model_fields)
+
+_DECLINED = {
+    "experts": "this is a mergekit-moe recipe, which is not supported",
+    "gate_mode": "this is a mergekit-moe recipe, which is not supported",
+    "genome": "this is a mergekit-evolve recipe, which is not supported",
+    "stages": "write each stage as a document with a `name:`, separated by `---`, and use that name as a model",
+}
+_NOT_YET_IN_ENTRIES = frozenset({"statistics", "mask"})
+_WORDS_WITHOUT_EFFECT = frozenset({"int8_mask"})
+
+_PLAIN_ERRORS = {
+    "string_type": "must be text",
+    "dict_type": "must hold names and values",
+    "list_type": "must be a list",
+    "int_type": "must be a whole number",
+}
+
+_UNKNOWN = ModelReference("?", step="?")
+"""Stands for a model whose reference could not be read, until the problem is raised."""
+
+
+def read_recipes(text: str, folder: Path | None, source: str) -> tuple[Recipe, ...]:
+    """Return the recipes in `text`, in the order in which they must run; see `recipe.parse_recipe`."""
+    documents = read_documents(text, source, _ROOT_KEYS)
+    if not documents:
+        raise RecipeError(f"{printable(source)}: is empty")
+    several = len(documents) > 1
+    names = frozenset(_names(documents) if several else ())
+    readers = []
+    for place, document in enumerate(documents):
+        reader = _DocumentReader(document, names, folder, f"document {place + 1}: " if several else "")
+        reader.read()
+        readers.append(reader)
+    order = _order(readers) if several else [0]
+    raise_problems(reader.report for reader in readers)
+    needed = {name for reader in readers for name in reader.references.steps}
+    return tuple(readers[place].recipe(text, needed) for place in order)
+
+
+class _DocumentReader:
+    """Reads one document."""
+
+    def __init__(self, document: Document, names: frozenset[str], folder: Path | None, prefix: str) -> None:
+        self.raw = document.value
+        self.report = Report(prefix)
+        self.references = References(names, folder, self.report)
+        self.words = registry.parameter_names() | _WORDS_WITHOUT_EFFECT
+        self.values: dict[str, Any] = {}
+        self.method: Method | None = None
+        self.base: ModelReference | None = None
+        self.slices: list[Slice] = []
+        self.parameters: Mapping[str, object] = {}
+        self.dtype: str | None = None
+        self.exclude: tuple[str, ...] = ()
+        # Where a value stands that is not read there, for the message when it is missing elsewhere.
+        self._misplaced: dict[str, set[str]] = {}
+        self._unread: dict[str, str] = {}
+        for path, text in document.problems:
+            self.report.problem(path or "recipe", text)
+
+    # The levels of the file.
+
+    def read(self) -> None:
+        """Read the document; problems go to the report."""
+        if not isinstance(self.raw, Mapping):
+            self.report.problem("recipe", f"must hold keys such as merge_method and models, not {show(self.raw)}")
+            return
+        declined = [key for key in _DECLINED if key in self.raw]
+        for message in dict.fromkeys(_DECLINED[key] for key in declined):
+            self.report.problem(next(key for key in declined if _DECLINED[key] == message), message)
+        if declined:
+            return  # another tool's recipe: everything else would be wrong too
+        self.values = self._level(RecipeDocument, self.raw, "")
+        self._read_method()
+        self.parameters = self._settings(self.values.get("parameters"), "parameters", "root")
+        if self.values.get("base_model") is not None:
+            self.base = self.references.read(self.values["base_model"], "base_model")
+        self._read_groups()
+        self.dtype = self._dtype("dtype")
+        self.dtype = self._dtype("out_dtype") or self.dtype
+        self._read_exclude()
+        self._decline()
+        self._check_groups()
+
+    def recipe(self, text: str, needed: set[str]) -> Recipe:
+        """Return the recipe; only if nothing was wrong."""
+        method = self.method
+        if method is None or not self.slices:
+            raise RecipeError("recipe: cannot be read")
+        name = self.values.get("name")
+        # A step that others build on is not rounded to less than float32 unless the recipe says so.
+        dtype = self.dtype or ("F32" if name in needed else None)
+        used = [source.model for group in self.slices for source in group.sources]
+        inputs = tuple(dict.fromkeys([*used, self.base] if self.base else used))
+        return Recipe(
+            name=name,
+            method=method.name,
+            slices=tuple(self.slices),
+            sliced=self.values.get("slices") is not None,
+            base=self.base,
+            donor=self.base or used[0],
+            parameters=self.parameters,
+            dtype=dtype,
+            exclude=self.exclude,
+            inputs=inputs,
+            warnings=self.report.warnings,
+            text=text,
+        )
+
+    def _level(self, schema: type[BaseModel], raw: object, path: str) -> dict[str, Any]:
+        """Return the values of one level by key, without those that are absent, null or of a wrong type."""
+        if not isinstance(raw, Mapping):
+            hint = "; write `- model: …`" if schema in (ModelEntry, SourceEntry) and isinstance(raw, str) else ""
+            self.report.problem(path or "recipe", f"must hold {_listed(schema.model_fields)}, not {show(raw)}{hint}")
+            return {}
+        values = self._known_keys(schema, raw, path)
+        try:
+            schema.model_validate(values)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False, include_context=False):
+                key = str(detail["loc"][0])
+                if key not in values:
+                    continue
+                value = values.pop(key)
+                quoted = "; put it in quotes" if detail["type"] == "string_type" and is_scalar(value) else ""
+                said = "must be text or a list of text" if key == "exclude" else _PLAIN_ERRORS.get(detail["type"])
+                self.report.problem(join(path, key), f"{said or 'has a wrong type'}, not {show(value)}{quoted}")
+        return {key: value for key, value in values.items() if value is not None}
+
+    def _known_keys(self, schema: type[BaseModel], raw: Mapping[str, Any], path: str) -> dict[str, Any]:
+        known = schema.model_fields
+        values = {key: value for key, value in raw.items() if key in known}
+        for key, value in raw.items():
+            here = join(path, key)
+            if key in known:
+                continue
+            if key in self.words and "parameters" in known:
+                self._misplaced.setdefault(join(path, "parameters"), set()).add(key)
+                self.report.warn(here, f"has no effect here; move it to {join(path, 'parameters')}")
+            elif schema in (ModelEntry, SourceEntry) and key in _NOT_YET_IN_ENTRIES:
+                self.report.problem(here, "not yet: methods that take data of their own are not supported")
+            elif key in _ROOT_KEYS:
+                self.report.warn(here, "has no effect here; move it to the root of the recipe")
+            elif near := nearest_key(key, known):
+                self.report.problem(here, f'is not a key here; did you mean "{near}"?')
+                values.setdefault(near, value)  # so that what is written there is checked as well
+            elif key == "override_architecture":
+                self.report.warn(here, "has no effect")
+            else:
+                self.report.warn(here, "is not a known key and has no effect")
+        return values
+
+    def _read_method(self) -> None:
+        word = self.values.get("merge_method")
+        if word is None:
+            if not self._was_typed("merge_method"):
+                self.report.problem("merge_method", "is missing; for example `merge_method: linear`")
+            return
+        names = registry.names()
+        if word in names:
+            self.method = registry.get(word)
+            return
+        near = difflib.get_close_matches(word, names, n=1)
+        self.report.problem("merge_method", f"there is no method {show(word)}{did_you_mean(word, names)}")
+        if near:
+            self.method = registry.get(near[0])  # the rest is checked as if this had been meant
+
+    def _was_typed(self, key: str) -> bool:
+        """Say whether the root holds `key`, if only with a value of a wrong type."""
+        return isinstance(self.raw, Mapping) and self.raw.get(key) is not None
+
+    # Parameters.
+
+    def _settings(self, raw: object, path: str, level: str) -> Mapping[str, object]:
+        """Return the settings of one scope that have an effect, every value in its parameter's type."""
+        if not isinstance(raw, Mapping):
+            return MappingProxyType({})
+        settings: dict[str, object] = {}
+        for key, setting in raw.items():
+            parameter = self._parameter(key, join(path, key), raw)
+            if parameter is None:
+                continue
+            here = join(path, parameter.name)
+            if level == "model" and not parameter.per_model:
+                self._unread.setdefault(parameter.name, here)
+                self.report.warn(here, "is one value for all models and is not read here; move it to parameters")
+                continue
+            value, problems, warnings = normalise(parameter, setting)
+            for below, text in problems:
+                self.report.problem(here + below, text)
+            for below, text in warnings:
+                self.report.warn(here + below, text)
+            for wanted in filters(value):
+                if re.search(r"(^|\.)[0-9]+$", wanted):
+                    self.report.warn(
+                        here, f"the filter {show(wanted)} also matches {show(wanted + '0')}; end it with a dot"
+                    )
+            settings[parameter.name] = value
+        return MappingProxyType(settings)
+
+    def _parameter(self, key: str, here: str, raw: Mapping[str, object]) -> Parameter | None:
+        """Return the parameter that a key names, or None after saying why it names none."""
+        if self.method is None:
+            near = None if key in self.words else nearest_key(key, self.words)
+            if near:
+                self.report.problem(here, f'is not a parameter; did you mean "{near}"?')
+            return None
+        parameter = self.method.parameters.get(key)
+        if parameter is not None and parameter.has_effect:
+            return parameter
+        if parameter is not None or key in _WORDS_WITHOUT_EFFECT:
+            self.report.warn(here, "is accepted and has no effect", once=f"no effect {key}")
+        elif key in self.words:
+            self.report.warn(
+                here, f'"{self.method.name}" has no such parameter, it has no effect', once=f"other method {key}"
+            )
+        elif key in _ROOT_KEYS:
+            self.report.warn(here, "has no effect here; move it to the root of the recipe")
+        elif near := nearest_key(key, self.method.parameters):
+            self.report.problem(here, f'is not a parameter of "{self.method.name}"; did you mean "{near}"?')
+            return None if near in raw else self.method.parameters[near]
+        else:
+            self.report.warn(here, "is not a known parameter and has no effect")
+        return None
+
+    # Models and slices.
+
+    def _read_groups(self) -> None:
+        present = [key for key in ("models", "slices", "modules") if self.values.get(key) is not None]
+        if len(present) > 1:
+            self.report.problem(
+                present[1], f"stands beside {present[0]}; a recipe has only one of models, slices and modules"
+            )
+        if not present:
+            if not any(self._was_typed(key) for key in ("models", "slices", "modules")):
+                self.report.problem("models", "is missing; a recipe has models, slices or modules")
+            return
+        if "models" in present:
+            self.slices = self._models(self.values["models"], "models")
+        if "slices" in present:
+            self.slices = self._slices(self.values["slices"], "slices")
+        if "modules" in present:
+            self._read_modules(self.values["modules"])
+
+    def _models(self, raw: Sequence[object], path: str) -> list[Slice]:
+        if not raw:
+            self.report.problem(path, "is empty")
+        sources = [self._source(ModelEntry, entry, f"{path}[{place}]") for place, entry in enumerate(raw)]
+        return [Slice(tuple(sources), self.base, MappingProxyType({}), path)]
+
+    def _slices(self, raw: Sequence[object], path: str) -> list[Slice]:
+        if not raw:
+            self.report.problem(path, "is empty")
+        slices = []
+        for place, entry in enumerate(raw):
+            here = f"{path}[{place}]"
+            values = self._level(SliceEntry, entry, here)
+            if "residual_weight" in values:
+                self.report.warn(
+                    f"{here}.residual_weight", "has no effect; mergekit has never used this", once="residual"
+                )
+            listed = values.get("sources")
+            if listed is None and isinstance(entry, Mapping) and entry.get("sources") is None:
+                self.report.problem(here, "has no `sources`")
+            elif listed is not None and not listed:
+                self.report.problem(f"{here}.sources", "is empty")
+            sources = [
+                self._source(SourceEntry, source, f"{here}.sources[{number}]")
+                for number, source in enumerate(listed or ())
+            ]
+            base = self.base
+            if "base_model" in values:
+                base = self.references.read(values["base_model"], f"{here}.base_model")
+                if self.method is not None and self.method.base == "ignored":
+                    self.report.warn(f"{here}.base_model", f'has no effect: "{self.method.name}" has no base')
+            lengths = [last - first for first, last in (s.layer_range for s in sources if s.layer_range)]
+            if len(set(lengths)) > 1:
+                self.report.problem(
+                    here, f"its sources have {spoken(map(str, lengths))} layers; they must have equally many"
+                )
+            settings = self._settings(values.get("parameters"), f"{here}.parameters", "slice")
+            slices.append(Slice(tuple(sources), base, settings, here))
+        return slices
+
+    def _source(self, schema: type[BaseModel], raw: object, path: str) -> Source:
+        values = self._level(schema, raw, path)
+        model = None
+        if "model" in values:
+            model = self.references.read(values["model"], f"{path}.model")
+        elif isinstance(raw, Mapping):
+            self.report.problem(f"{path}.model", "is missing")
+        layers = None
+        if schema is SourceEntry and isinstance(raw, Mapping):
+            if "layer_range" in values:
+                layers = self._layer_range(values["layer_range"], f"{path}.layer_range")
+            elif raw.get("layer_range") is None:
+                self.report.problem(
+                    f"{path}.layer_range", "is missing; for example [0, 16] for the first sixteen layers"
+                )
+        settings = self._settings(values.get("parameters"), f"{path}.parameters", "model")
+        return Source(model or _UNKNOWN, layers, settings, path)
+
+    def _layer_range(self, raw: list[object], path: str) -> tuple[int, int] | None:
+        numbers = [_whole(value) for value in raw]
+        if len(numbers) != 2 or None in numbers:
+            self.report.problem(path, "must be two whole numbers: the first layer, and the layer after the last")
+            return None
+        first, last = numbers
+        if first is None or last is None or first < 0 or last > _LARGEST_LAYER:
+            self.report.problem(path, f"must be between 0 and the number of layers, not {[first, last]}")
+            return None
+        if first >= last:
+            self.report.problem(path, f"holds no layer: {first} is not before {last}")
+            return None
+        return first, last
+
+    def _read_modules(self, raw: Mapping[str, object]) -> None:
+        if not raw:
+            self.report.problem("modules", "is empty")
+        for name, entry in raw.items():
+            here = join("modules", name)
+            values = self._level(ModuleEntry, entry, here)
+            if "models" in values and "slices" in values:
+                self.report.problem(here, "holds models and slices; a module has only one of them")
+            elif "models" in values:
+                self._models(values["models"], f"{here}.models")
+            elif "slices" in values:
+                self._slices(values["slices"], f"{here}.slices")
+            elif isinstance(entry, Mapping) and not any(entry.get(key) for key in ("models", "slices")):
+                self.report.problem(here, "has neither models nor slices")
+            self._settings(values.get("parameters"), f"{here}.parameters", "slice")
+
+    # Everything else at the root.
+
+    def _dtype(self, key: str) -> str | None:
+        word = self.values.get(key)
+        if word is None:
+            return None
+        plain = word.lower().removeprefix("torch.")
+        if plain in dtypes.NAMES:
+            return dtypes.NAMES[plain]
+        if plain == "int64":
+            self.report.problem(key, "int64 is no dtype for a merge; take float32 or bfloat16")
+        else:
+            self.report.problem(key, f"there is no dtype {show(word)}{did_you_mean(plain, dtypes.NAMES)}")
+        return None
+
+    def _read_exclude(self) -> None:
+        raw = self.values.get("exclude")
+        if raw is None:
+            return
+        patterns = [raw] if isinstance(raw, str) else list(raw)
+        if not all(pattern.strip() for pattern in patterns):
+            self.report.problem("exclude", "holds an empty pattern")
+        self.exclude = tuple(patterns)
+
+    def _decline(self) -> None:
+        """Say what the recipe asks for and cannot have yet, after checking it."""
+        values = self.values
+        if "tokenizer" in values and "tokenizer_source" in values:
+            self.report.problem("tokenizer_source", "stands beside tokenizer; give only one of them")
+        if "tokenizer" in values:
+            self._level(TokenizerEntry, values["tokenizer"], "tokenizer")
+            self.report.problem("tokenizer", "not yet: tokenizers are not merged; leave the key out to copy the base's")
+        if "tokenizer_source" in values:
+            if not isinstance(values["tokenizer_source"], str | Mapping):
+                self.report.problem("tokenizer_source", f"must be text, not {show(values['tokenizer_source'])}")
+            self.report.problem(
+                "tokenizer_source", "not yet: tokenizers are not merged; leave the key out to copy the base's"
+            )
+        if "chat_template" in values:
+            self.report.problem(
+                "chat_template", "not yet: chat templates are not set; leave the key out to copy the base's"
+            )
+        if "modules" in values:
+            self.report.problem(
+                "modules", "not yet: recipes by module are not supported; write models or slices at the root"
+            )
+
+    # What the groups must be.
+
+    def _check_groups(self) -> None:
+        method = self.method
+        unlisted = "slices" not in self.values
+        if method is None:
+            return
+        if method.base == "required" and self.base is None and not self._was_typed("base_model"):
+            for group in self.slices:
+                if group.base is None:
+                    self.report.problem("base_model", f'is missing: "{method.name}" needs a base model', once="base")
+        checked = []
+        for group in self.slices:
+            base = group.base if method.base != "ignored" else None
+            sources = group.sources
+            appended = unlisted and self.base is not None and all(s.model != self.base for s in sources)
+            if appended and self.base is not None:
+                sources = (*sources, Source(self.base, None, MappingProxyType({}), "base_model"))
+            done = Slice(sources, base, group.parameters, group.key_path)
+            checked.append(done)
+            if all(source.model is not _UNKNOWN for source in sources):
+                self._check_group(method, done, appended)
+        self.slices = checked
+
+    def _check_group(self, method: Method, group: Slice, appended: bool) -> None:
+        seen: dict[ModelReference, str] = {}
+        for source in group.sources:
+            if source.model in seen:
+                self.report.problem(f"{source.key_path}.model", f"is the same model as {seen[source.model]}")
+            seen.setdefault(source.model, source.key_path)
+            if source.model == group.base and source.parameters:
+                words = spoken(f"`{word}`" for word in source.parameters)
+                self.report.warn(f"{source.key_path}.parameters", f"{words} of the base model has no effect")
+        if method.base == "ignored" and appended:
+            base = group.sources[-1].model
+            self.report.warn(
+                "base_model",
+                f'"{method.name}" has no base: {shown_reference(base.text)} is merged as one more model; '
+                "leave base_model out to avoid it",
+            )
+        if group.base is not None and group.base not in seen:
+            choice = " or ".join(shown_reference(model.text) for model in list(seen)[:3])
+            self.report.problem(
+                group.key_path,
+                f'"{method.name}" needs the base model {shown_reference(group.base.text)} among the sources of each '
+                f"slice; add it, or make {choice or 'a source'} the base_model",
+                once="base not among sources",
+            )
+        elif method.base != "required" or group.base is not None:
+            self._check_count(method, group, appended)
+        self._check_required(method, group)
+
+    def _check_count(self, method: Method, group: Slice, appended: bool) -> None:
+        low, high = method.minimum_models, method.maximum_models
+        count = len(group.models)
+        if count >= low and (high is None or count <= high):
+            return
+        if high is None:
+            wanted = f"at least {low}"
+        elif low == high:
+            wanted = f"exactly {low}"
+        else:
+            wanted = f"{low} to {high}"
+        besides = " besides the base" if group.base is not None else ""
+        plural = "" if (low if high is None else high) == 1 else "s"
+        also = ", the base_model among them; leave it out" if appended and group.base is None and count > low else ""
+        self.report.problem(
+            group.key_path,
+            f'"{method.name}" takes {wanted} model{plural}{besides}, here {"is" if count == 1 else "are"} {count}'
+            f"{also}",
+        )
+
+    def _check_required(self, method: Method, group: Slice) -> None:
+        """Say which parameters have no value in any scope; those with filters are known only for a tensor."""
+        outer = (group.parameters, self.parameters)
+        for parameter in method.parameters.values():
+            if parameter.default is not REQUIRED or not parameter.has_effect:
+                continue
+            name = parameter.name
+            if any(_may_yield(scope, name) for scope in outer):
+                continue
+            if not parameter.per_model:
+                elsewhere = self._unread.get(name)
+                hint = f"; it stands in {elsewhere}, where it is not read" if elsewhere else ""
+                self._missing_value(parameter, "parameters", method, hint, once=f"missing {name}")
+                continue
+            for source in group.models:
+                if _may_yield(source.parameters, name):
+                    continue
+                if source.key_path == "base_model":
+                    self.report.problem(
+                        "base_model",
+                        f"{shown_reference(source.model.text)} is merged as one more model and has no `{name}`; "
+                        "leave base_model out, or list it with one",
+                    )
+                else:
+                    self._missing_value(parameter, f"{source.key_path}.parameters", method, "", once=None)
+
+    def _missing_value(self, parameter: Parameter, path: str, method: Method, hint: str, *, once: str | None) -> None:
+        entry = path.rpartition(".")[0]
+        for place in (path, "parameters"):
+            if parameter.name in self._misplaced.get(place, ()):
+                above = entry if place == path else ""
+                hint = f"; {join(above, parameter.name)} stands beside `parameters`, move it in"
+        also = "" if path == "parameters" else " here or under the root's parameters"
+        self.report.problem(f"{path}.{parameter.name}", f'is missing: "{method.name}" needs it{also}{hint}', once=once)
+
+
+def _names(documents: Sequence[Document]) -> list[str]:
+    """Return the names of the documents that have one, before any of them is read."""
+    mappings = [document.value for document in documents if isinstance(document.value, Mapping)]
+    return [name for mapping in mappings if isinstance(name := mapping.get("name"), str) and name]
+
+
+def _order(readers: Sequence[_DocumentReader]) -> list[int]:
+    """Return the order in which documents run, and report what makes it impossible."""
+    places: dict[str, int] = {}
+    unnamed = []
+    for place, reader in enumerate(readers):
+        name = reader.values.get("name")
+        if not name:
+            unnamed.append(place)
+        elif name in places:
+            reader.report.problem("name", f"{show(name)} is already the name of document {places[name] + 1}")
+        else:
+            places[name] = place
+            if name in (".", "..") or "/" in name or "\\" in name or len(name.encode()) > 200:
+                reader.report.problem("name", f"{show(name)} must be usable as the name of a folder")
+    if len(unnamed) > 1:
+        numbers = spoken(str(place + 1) for place in unnamed)
+        readers[unnamed[1]].report.problem(
+            "name", f"is missing: documents {numbers} have none; only the final one may go without"
+        )
+    order: list[int] = []
+    done: set[int] = set()
+    # Depth first without recursion, so that a chain of thousands of documents is no problem.
+    starts = [place for place in range(len(readers)) if place not in unnamed] + unnamed
+    for start in starts:
+        trail = [start]
+        while trail:
+            place = trail[-1]
+            waiting = [
+                places[step] for step in readers[place].references.steps if step in places and places[step] not in done
+            ]
+            loop = next((step for step in waiting if step in trail), None)
+            if loop is not None:
+                circle = [*trail[trail.index(loop) :], loop]
+                words = " → ".join(show(readers[step].values.get("name"), 30) for step in circle)
+                readers[loop].report.problem("name", f"needs its own output: {words}")
+                return list(range(len(readers)))
+            if waiting:
+                trail.append(waiting[0])
+                continue
+            trail.pop()
+            if place not in done:
+                done.add(place)
+                order.append(place)
+    return [place for place in order if place not in unnamed] + [place for place in order if place in unnamed]
+
+
+def _whole(value: object) -> int | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", value):
+        return int(value)
+    return None
+
+
+def _listed(keys: Iterable[str]) -> str:
+    return ", ".join(f"`{key}`" for key in list(keys)[:4])
+
+
+def _may_yield(settings: Mapping[str, object], name: str) -> bool:
+    """Say whether a scope can give a parameter a value for some tensor; a wrong value is another problem."""
+    return name in settings and settings[name] != ()
