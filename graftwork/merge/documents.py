@@ -21,13 +21,16 @@ from graftwork.merge.problems import join, printable, show
 
 LARGEST_FILE_BYTES = 4 * 2**20
 _MOST_VALUES = 200_000
+_MOST_DOCUMENTS = 1_000
 _DEEPEST = 32
 
 _UNREADABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_MARKDOWN = re.compile(r"^(#{1,6} +\S|```)", re.MULTILINE)
+_HEADING = re.compile(r"^#{1,6} +\S", re.MULTILINE)
+_METHOD = re.compile(r"^merge_method *:", re.MULTILINE)
 _FENCE = re.compile(r"^```ya?ml\s*$", re.MULTILINE | re.IGNORECASE)
 _PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{word}" for word in ("str", "int", "float", "bool", "null", "map", "seq"))
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+_ALSO_NESTED = frozenset({"parameters", "base_model", "models", "slices"})
 _LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 _IN_OUR_WORDS = (
@@ -101,6 +104,8 @@ def read_documents(text: str, source: str, root_keys: frozenset[str]) -> list[Do
         raise RecipeError(_syntax_error(error, body, source, root_keys)) from None
     except (yaml.YAMLError, UnicodeError, ValueError):
         raise RecipeError(f"{source}: cannot be read as YAML") from None
+    if len(documents) > _MOST_DOCUMENTS:
+        raise RecipeError(f"{source}: holds {len(documents)} documents, more than {_MOST_DOCUMENTS:,}")
     return [document for document in documents if document.value is not None or document.problems]
 
 
@@ -261,10 +266,10 @@ def _refuse_markdown(text: str, source: str) -> None:
         ends = [place for place, line in enumerate(lines[1:], start=1) if line.rstrip() == "---"]
         if not ends:
             return
-        front = lines[1 : ends[0]]
-        if any(line.startswith("merge_method") for line in front) or not _MARKDOWN.search(
-            "\n".join(lines[ends[0] + 1 :])
-        ):
+        front = "\n".join(lines[1 : ends[0]])
+        rest = "\n".join(lines[ends[0] + 1 :])
+        # A `#` begins a heading in Markdown and a comment in YAML, so it alone proves nothing beside a merge_method.
+        if _METHOD.search(front) or not ("\n```" in rest or (_HEADING.search(rest) and not _METHOD.search(rest))):
             return
     elif not body.startswith("```") and not _FENCE.search(body):
         return
@@ -309,4 +314,6 @@ def _indentation_hint(lines: list[str], place: int, root_keys: frozenset[str]) -
     found = key_line.match(lines[place]) if place < len(lines) else None
     if first is None or found is None or found[2] not in root_keys or len(found[1]) == first:
         return ""
+    if found[2] in _ALSO_NESTED and len(found[1]) > 1:
+        return ""  # it may belong to an entry, and then it should stand elsewhere
     return f"`{found[2]}` is indented by {len(found[1])}, should be {first}"

@@ -111,7 +111,7 @@ def show(value: object, width: int = 60) -> str:
     elif isinstance(value, bool):
         text = str(value).lower()
     elif isinstance(value, str):
-        text = f'"{printable(value)}"'
+        text = f'"{printable(value[:width])}"'
         if len(text) > width:
             text = f'{text[: width - 2]}…"'
     else:
@@ -128,9 +128,9 @@ def printable(text: str) -> str:
 
 def join(path: str, key: str) -> str:
     """Return the key path of `key` below `path`."""
-    key = printable(key)
     if len(key) > 40:
         key = key[:39] + "…"
+    key = printable(key)
     return f"{path}.{key}" if path else key
 
 

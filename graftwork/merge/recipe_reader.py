@@ -63,9 +63,10 @@ def read_recipes(text: str, folder: Path | None, source: str) -> tuple[Recipe, .
         raise RecipeError(f"{printable(source)}: is empty")
     several = len(documents) > 1
     names = frozenset(_names(documents) if several else ())
+    methods = {name: registry.get(name) for name in registry.names()}
     readers = []
     for place, document in enumerate(documents):
-        reader = _DocumentReader(document, names, folder, f"document {place + 1}: " if several else "")
+        reader = _DocumentReader(document, methods, names, folder, f"document {place + 1}: " if several else "")
         reader.read()
         readers.append(reader)
     order = _order(readers) if several else [0]
@@ -77,11 +78,19 @@ def read_recipes(text: str, folder: Path | None, source: str) -> tuple[Recipe, .
 class _DocumentReader:
     """Reads one document."""
 
-    def __init__(self, document: Document, names: frozenset[str], folder: Path | None, prefix: str) -> None:
+    def __init__(
+        self,
+        document: Document,
+        methods: Mapping[str, Method],
+        names: frozenset[str],
+        folder: Path | None,
+        prefix: str,
+    ) -> None:
         self.raw = document.value
         self.report = Report(prefix)
         self.references = References(names, folder, self.report)
-        self.words = registry.parameter_names() | _WORDS_WITHOUT_EFFECT
+        self.methods = methods
+        self.words = _WORDS_WITHOUT_EFFECT.union(*(method.parameters for method in methods.values()))
         self.values: dict[str, Any] = {}
         self.method: Method | None = None
         self.base: ModelReference | None = None
@@ -193,14 +202,14 @@ class _DocumentReader:
             if not self._was_typed("merge_method"):
                 self.report.problem("merge_method", "is missing; for example `merge_method: linear`")
             return
-        names = registry.names()
-        if word in names:
-            self.method = registry.get(word)
+        if word in self.methods:
+            self.method = self.methods[word]
             return
-        near = difflib.get_close_matches(word, names, n=1)
-        self.report.problem("merge_method", f"there is no method {show(word)}{did_you_mean(word, names)}")
+        near = difflib.get_close_matches(word.lower(), self.methods, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else "`graftwork methods` lists them"
+        self.report.problem("merge_method", f"there is no method {show(word)}; {hint}")
         if near:
-            self.method = registry.get(near[0])  # the rest is checked as if this had been meant
+            self.method = self.methods[near[0]]  # the rest is checked as if this had been meant
 
     def _was_typed(self, key: str) -> bool:
         """Say whether the root holds `key`, if only with a value of a wrong type."""
@@ -552,13 +561,13 @@ def _order(readers: Sequence[_DocumentReader]) -> list[int]:
     # Depth first without recursion, so that a chain of thousands of documents is no problem.
     starts = [place for place in range(len(readers)) if place not in unnamed] + unnamed
     for start in starts:
-        trail = [start]
+        trail, on_trail = [start], {start}
         while trail:
             place = trail[-1]
             waiting = [
                 places[step] for step in readers[place].references.steps if step in places and places[step] not in done
             ]
-            loop = next((step for step in waiting if step in trail), None)
+            loop = next((step for step in waiting if step in on_trail), None)
             if loop is not None:
                 circle = [*trail[trail.index(loop) :], loop]
                 words = " → ".join(show(readers[step].values.get("name"), 30) for step in circle)
@@ -566,8 +575,9 @@ def _order(readers: Sequence[_DocumentReader]) -> list[int]:
                 return list(range(len(readers)))
             if waiting:
                 trail.append(waiting[0])
+                on_trail.add(waiting[0])
                 continue
-            trail.pop()
+            on_trail.discard(trail.pop())
             if place not in done:
                 done.add(place)
                 order.append(place)

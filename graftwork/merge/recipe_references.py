@@ -13,6 +13,7 @@ from graftwork.merge.problems import Problem, Report, join, nearest_key, show
 from graftwork.merge.recipe import ModelReference
 
 _LONGEST_NAME = 120
+_LONGEST_PATH = 4096
 
 
 class References:
@@ -58,6 +59,9 @@ class References:
             return None
         if not raw.strip():
             self.report.problem(path, "is empty")
+            return None
+        if len(raw) > _LONGEST_PATH:
+            self.report.problem(path, f"{shown_reference(raw)} is longer than a path can be")
             return None
         return raw.strip()
 
@@ -119,7 +123,7 @@ class References:
             return ModelReference(half, step=half)
         expanded = os.path.expanduser(half)
         if half and os.path.exists(expanded):
-            return ModelReference(half, Path(os.path.realpath(expanded)))
+            return ModelReference(half, _real(expanded))
         name, at, revision = half.partition("@")
         if "@" in revision:
             self.report.problem(path, f"{shown_reference(text)} has more than one `@`; a model has one revision")
@@ -132,10 +136,10 @@ class References:
         expanded = os.path.expanduser(name)
         if at and os.path.exists(expanded):
             self.report.problem(path, f"{shown_reference(name)} is local; a revision is for repositories of the hub")
-            return ModelReference(half, Path(os.path.realpath(expanded)))
+            return ModelReference(half, _real(expanded))
         if self._looks_like_a_path(name):
             self._missing(name, path)
-            return ModelReference(half, Path(os.path.realpath(expanded)) if "\0" not in expanded else None)
+            return ModelReference(half, _real(expanded) if "\0" not in expanded else None)
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", name, re.ASCII):
             self.report.problem(path, f"{shown_reference(name)} is neither a folder or file nor the id of a repository")
             return ModelReference(half, hub=name, revision=revision or None)
@@ -179,15 +183,22 @@ class References:
         return f"; paths are relative to the working directory, from which it is {shown_reference(candidate)}"
 
     def _local(self, text: str, whole: str, path: str) -> ModelReference:
-        real = os.path.realpath(whole)
-        base = _adapter_base(real)
+        real = _real(whole)
+        base = _adapter_base(str(real))
         if base is not None:
             self.report.problem(
                 path,
                 f"{shown_reference(text)} holds only a LoRA adapter over {show(base)}; not yet: adapters are not "
                 "supported; merge it into its base",
             )
-        return ModelReference(text, Path(real))
+        return ModelReference(text, real)
+
+
+def _real(path: str) -> Path:
+    """Return the path without links and dots."""
+    real = os.path.realpath(path)
+    # POSIX lets a path that begins with two slashes mean something else; here it never does.
+    return Path("/" + real.lstrip("/"))
 
 
 def is_scalar(value: object) -> bool:
