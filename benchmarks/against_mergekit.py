@@ -9,7 +9,7 @@
 mergekit gets a virtual environment of its own below DIRECTORY (torch first, then mergekit). Checkpoints are made there
 too (see `models.py`). Every merge runs in a fresh process with one thread; processor time is user plus system time of
 that process and its children. Each tool's start-up, the cost of merging a checkpoint of twelve small tensors, is
-measured the same way and subtracted. The floor is the cost of reading every input byte and writing and syncing every
+measured right before every merge, so that both meet the same load of the machine, and subtracted. The floor is the cost of reading every input byte and writing and syncing every
 output byte. All inputs are read once before each run, so that the cache is warm.
 
 What mergekit cost is kept in DIRECTORY/mergekit_SIZE.json, what graftwork cost in DIRECTORY/graftwork_SIZE.json.
@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -246,18 +247,34 @@ class Store:
         return self.content.setdefault(name, {})
 
 
-def cheapest(runs: list[measure.Figures]) -> dict[str, Any]:
-    """Return the figures of the run with the least processor time, and all processor times."""
-    best = min(runs, key=lambda figures: figures.processor_seconds)
-    return {**best.as_json(), "all_processor_seconds": [round(figures.processor_seconds, 3) for figures in runs]}
+class Pairs:
+    """Runs of one merge, each next to a run of the tool's start-up at the same load of the machine."""
 
+    def __init__(self) -> None:
+        self.runs: list[tuple[measure.Figures, measure.Figures, float]] = []
 
-def startup(tool: Tool, work: Path, repeat: int) -> dict[str, Any]:
-    """Return what merging a checkpoint of twelve small tensors costs, the first (compiling) run not counted."""
-    base, *tuned = models.generate(work / "models", SMALLEST)
-    configuration = recipe("linear", base, tuned)
-    tool.merge(configuration, "startup")
-    return cheapest([tool.merge(configuration, "startup") for _ in range(max(3, repeat))])
+    def add(self, start: measure.Figures, figures: measure.Figures) -> None:
+        """Add a start-up and the merge that followed it."""
+        self.runs.append((start, figures, os.getloadavg()[0]))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the cheapest run, and the median of what the merges cost beyond their start-up."""
+        best = min((figures for _, figures, _ in self.runs), key=lambda figures: figures.processor_seconds)
+        found = best.as_json()
+        for key in ("processor_seconds", "wall_seconds"):
+            found[f"net_{key}"] = statistics.median(getattr(f, key) - getattr(start, key) for start, f, _ in self.runs)
+        found["peak_anonymous_bytes"] = max(figures.peak_anonymous_bytes for _, figures, _ in self.runs)
+        found["runs"] = [
+            {
+                "startup_processor_seconds": round(start.processor_seconds, 3),
+                "processor_seconds": round(figures.processor_seconds, 3),
+                "startup_wall_seconds": round(start.wall_seconds, 3),
+                "wall_seconds": round(figures.wall_seconds, 3),
+                "load": round(load, 2),
+            }
+            for start, figures, load in self.runs
+        ]
+        return found
 
 
 def measure_methods(tool: Tool, store: Store, arguments: argparse.Namespace, size: str) -> None:
@@ -265,23 +282,27 @@ def measure_methods(tool: Tool, store: Store, arguments: argparse.Namespace, siz
     work = arguments.work
     base, *tuned = models.generate(work / "models", size)
     smallest_base, *smallest = models.generate(work / "models", SMALLEST)
-    store.save(
-        machine=machine(), versions=tool.versions(), size=size, parameters=models.count_parameters(size),
-        startup=startup(tool, work, arguments.repeat),
-    )  # fmt: skip
+    start_up = recipe("linear", smallest_base, smallest)
+    tool.merge(start_up, "startup")  # compiles, and warms the cache of the file system
+    store.save(machine=machine(), versions=tool.versions(), size=size, parameters=models.count_parameters(size))
     for method in arguments.methods:
         configuration = recipe(method, base, tuned)
+        pairs = Pairs()
         try:
-            if tool.name == "graftwork":
-                tool.merge(recipe(method, smallest_base, smallest), "warm")  # compiles what the method needs
-            runs = [tool.merge(configuration, f"{size}-{method}") for _ in range(arguments.repeat)]
+            tool.merge(recipe(method, smallest_base, smallest), "warm")  # compiles what the method needs
+            for _ in range(arguments.repeat):
+                start = tool.merge(start_up, "startup")
+                pairs.add(start, tool.merge(configuration, f"{size}-{method}"))
         except measure.ChildFailed as error:
             store.section("methods")[method] = {"failed": str(error)[-400:]}
             print(f"{tool.name} {method}: failed\n{error}", file=sys.stderr, flush=True)
         else:
-            store.section("methods")[method] = cheapest(runs)
-            seconds = store.content["methods"][method]["processor_seconds"]
-            print(f"{tool.name} {size} {method}: {seconds:.2f} s of processor time", file=sys.stderr, flush=True)
+            store.section("methods")[method] = entry = pairs.as_json()
+            print(
+                f"{tool.name} {size} {method}: {entry['processor_seconds']:.2f} s of processor time, "
+                f"{entry['net_processor_seconds']:.2f} s beyond start-up",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
         store.save()
 
 
@@ -314,11 +335,9 @@ def compare_cost(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
 
 
 def net(content: dict[str, Any], method: str, key: str) -> float | None:
-    """Return a figure of a method less the tool's start-up, or None if it was not measured."""
-    entry = content.get("methods", {}).get(method, {})
-    if key not in entry:
-        return None
-    return max(entry[key] - content["startup"][key], 1e-3)
+    """Return a figure of a method less the tool's start-up; None if it was not measured or is lost in the noise."""
+    value = content.get("methods", {}).get(method, {}).get(f"net_{key}")
+    return value if value and value > 0 else None
 
 
 def cost_rows(
