@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numba
@@ -28,11 +28,8 @@ from graftwork.merge import vocabulary
 BLOCK = 65_536
 """Elements per block of every reduction and digest; results are combined block by block in index order."""
 
-_STRIP = 2_048
+STRIP = 2_048
 """Elements a reducing kernel evaluates into scratch memory at a time; small enough for the first-level cache."""
-
-BINS = 1 << 16
-"""Bins of a selection histogram."""
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
 
@@ -108,7 +105,7 @@ def load(word: Any) -> Any:
     raise NotImplementedError("only in compiled code")
 
 
-@overload(load, inline="always")
+@overload(load, strict=False)
 def _load(word: Any) -> Any:
     if word == types.uint16:
         return lambda word: _float32_of_bits(types.uint32(word) << types.uint32(16))
@@ -123,7 +120,7 @@ def _load(word: Any) -> Any:
     return None
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit  # type: ignore[untyped-decorator]
 def _round_to_odd(value: float) -> Any:
     """Return a float32 from which a further rounding to fewer bits gives what one rounding of `value` would."""
     near = np.float32(value)
@@ -134,14 +131,14 @@ def _round_to_odd(value: float) -> Any:
     return _float32_of_bits(bits)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit  # type: ignore[untyped-decorator]
 def _to_bfloat16(value: Any) -> Any:
     bits = _bits_of_float32(value)
     rounded = (bits + types.uint32(0x7FFF) + ((bits >> types.uint32(16)) & types.uint32(1))) >> types.uint32(16)
     return types.uint16(rounded) if value == value else types.uint16(0x7FC0)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit  # type: ignore[untyped-decorator]
 def _to_float8(value: Any, mantissa_bits: int, bias: int, largest: int) -> Any:
     """Round to nearest even; beyond the largest number comes the next code, which is NaN (e4m3) or infinity (e5m2)."""
     bits = _bits_of_float32(value)
@@ -168,10 +165,10 @@ def store(value: Any, like: Any) -> Any:
     raise NotImplementedError("only in compiled code")
 
 
-@overload(store, inline="always")
+@overload(store, strict=False)
 def _store(value: Any, like: Any) -> Any:
     narrow = (lambda value: _round_to_odd(value)) if value == types.float64 else (lambda value: value)
-    narrow = njit(narrow, inline="always")
+    narrow = njit(narrow)
     if like == types.uint16:
         return lambda value, like: _to_bfloat16(narrow(value))
     if like == types.int16:
@@ -192,7 +189,7 @@ def unusual(word: Any) -> Any:
     raise NotImplementedError("only in compiled code")
 
 
-@overload(unusual, inline="always")
+@overload(unusual, strict=False)
 def _unusual(word: Any) -> Any:
     if word == types.uint16:
         return lambda word: (word & types.uint16(0x7F80)) == types.uint16(0x7F80)
@@ -213,37 +210,37 @@ def _unusual(word: Any) -> Any:
 # ---------------------------------------------------------------- the vocabulary, compiled
 
 
-@overload(vocabulary.zeros_like, inline="always")
+@overload(vocabulary.zeros_like, strict=False)
 def _zeros_like(value: Any) -> Any:
     kind = value
     return lambda value: kind(0)
 
 
-@overload(vocabulary.where, inline="always")
+@overload(vocabulary.where, strict=False)
 def _where(condition: Any, value: Any, other: Any) -> Any:
     kind = value
     return lambda condition, value, other: value if condition else kind(other)
 
 
-@overload(vocabulary.number, inline="always")
+@overload(vocabulary.number, strict=False)
 def _number(condition: Any, like: Any) -> Any:
     kind = like
     return lambda condition, like: kind(1) if condition else kind(0)
 
 
-@overload(vocabulary.minimum, inline="always")
+@overload(vocabulary.minimum, strict=False)
 def _minimum(value: Any, bound: Any) -> Any:
     kind = value
     return lambda value, bound: kind(bound) if bound < value else value
 
 
-@overload(vocabulary.maximum, inline="always")
+@overload(vocabulary.maximum, strict=False)
 def _maximum(value: Any, bound: Any) -> Any:
     kind = value
     return lambda value, bound: kind(bound) if bound > value else value
 
 
-@overload(vocabulary.drawn, inline="always")
+@overload(vocabulary.drawn, strict=False)
 def _drawn(key: Any, index: Any, threshold: Any) -> Any:
     def draw(key: Any, index: Any, threshold: Any) -> Any:
         gamma = types.uint64(0x9E3779B97F4A7C15)
@@ -257,17 +254,17 @@ def _drawn(key: Any, index: Any, threshold: Any) -> Any:
     return draw
 
 
-@overload(vocabulary.key32, inline="always")
+@overload(vocabulary.key32, strict=False)
 def _key32(score: Any) -> Any:
     return lambda score: types.int64(_bits_of_float32(types.float32(score)))
 
 
-@overload(vocabulary.key64, inline="always")
+@overload(vocabulary.key64, strict=False)
 def _key64(score: Any) -> Any:
     return lambda score: types.int64(_bits_of_float64(types.float64(score)))
 
 
-@overload(vocabulary.distance_key, inline="always")
+@overload(vocabulary.distance_key, strict=False)
 def _distance_key(value: Any, base: Any, wide: Any) -> Any:
     def key(value: Any, base: Any, wide: Any) -> Any:
         narrow = types.int64(_bits_of_float32(abs(types.float32(value) - types.float32(base))))
@@ -276,7 +273,7 @@ def _distance_key(value: Any, base: Any, wide: Any) -> Any:
     return key
 
 
-@overload(vocabulary.admitted, inline="always")
+@overload(vocabulary.admitted, strict=False)
 def _admitted(key: Any, index: Any, cut_key: Any, cut_index: Any) -> Any:
     def compare(key: Any, index: Any, cut_key: Any, cut_index: Any) -> Any:
         return (key > cut_key) | ((key == cut_key) & (index <= cut_index))
@@ -284,7 +281,7 @@ def _admitted(key: Any, index: Any, cut_key: Any, cut_index: Any) -> Any:
     return compare
 
 
-@overload(vocabulary.row_value, inline="always")
+@overload(vocabulary.row_value, strict=False)
 def _row_value(table: Any, index: Any, columns: Any) -> Any:
     return lambda table, index, columns: table[index // columns]
 
@@ -369,7 +366,17 @@ def _reduce_find(strip: Any, count: int, start: int, state: Any) -> None:
                     found[window] = start + position
 
 
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _reduce_collect(strip: Any, count: int, start: int, state: Any) -> None:
+    """Copy the keys: `state` = (target, index of the target's first element)."""
+    target, origin = state
+    for row in range(strip.shape[0]):
+        for position in range(count):
+            target[row, start - origin + position] = strip[row, position]
+
+
 REDUCERS: dict[str, Any] = {
+    "collect": _reduce_collect,
     "sums": _reduce_sums,
     "gram": _reduce_gram,
     "histogram": _reduce_histogram,
@@ -492,6 +499,13 @@ def _module(source: str, key: str) -> ModuleType:
     return module
 
 
+def positional(function: Any) -> Any:
+    """Return the function with its keyword-only arguments made positional, which numba needs."""
+    code = function.__code__
+    plain = code.replace(co_argcount=code.co_argcount + code.co_kwonlyargcount, co_kwonlyargcount=0)
+    return FunctionType(plain, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+
+
 @functools.lru_cache(maxsize=512)
 def kernel(
     formula: Callable[..., Any],
@@ -532,17 +546,26 @@ def kernel(
     base = loaded[-1] if has_base else loaded[0]
     values = f"({', '.join(loaded[:models])},), {base}"
     names = [name for name, _, _ in parameters]
-    fixed = "".join(f", {name}={value!r}" for name, value in literals)
     entries = {name: [f"{column}[{position}]" for column in columns[name]] for name in columns}
-    fixed_columns = "".join(f", {name}=({', '.join(entry)},)" for name, entry in entries.items())
-    passed = "".join(f", {name}={name}" for name in names) + fixed_columns + fixed
+    whole = {name: name for name in names} | {name: f"({', '.join(entry)},)" for name, entry in entries.items()}
+    whole |= {name: repr(value) for name, value in literals}
+    code = formula.__code__
+    order = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+    passed = "".join(f", {whole[name]}" for name in order)
     calls = f"formula({values}, start + at{passed})"
     if each:
+        lengths = {name: length for name, length, _ in parameters}
         calls = " + ".join(
             f"formula({loaded[number]}, {values}, start + at"
-            + "".join(f", {name}={name}[{number}]" if length else f", {name}={name}" for name, length, _ in parameters)
-            + "".join(f", {name}={entry[number]}" for name, entry in entries.items())
-            + f"{fixed})"
+            + "".join(
+                f", {entries[name][number]}"
+                if name in entries
+                else f", {whole[name]}[{number}]"
+                if lengths.get(name)
+                else f", {whole[name]}"
+                for name in order
+            )
+            + ")"
             for number in range(models)
         )
     fields = {
@@ -558,10 +581,10 @@ def kernel(
     body = (_REDUCE if reducer else _APPLY).format(**fields)
     head = (
         "from numba import njit, float32, float64\n"
-        "from graftwork.merge.kernels import REDUCERS, load, store, unusual\n"
+        "from graftwork.merge.kernels import REDUCERS, load, positional, store, unusual\n"
         f"from {formula.__module__} import {formula.__qualname__} as plain\n"
-        'formula = njit(plain, error_model="numpy")\n'
-        f"STRIP = {_STRIP}\n" + (f'reduce = REDUCERS["{reducer}"]\n' if reducer else "")
+        'formula = njit(positional(plain), error_model="numpy")\n'
+        f"STRIP = {STRIP}\n" + (f'reduce = REDUCERS["{reducer}"]\n' if reducer else "")
     )
     tail = '\nkernel = njit(nogil=True, error_model="numpy", cache=True)(kernel)\n'
     key = hashlib.sha256(
@@ -569,13 +592,3 @@ def kernel(
     ).hexdigest()[:24]
     module = _module(head + body + tail, key)
     return module.kernel
-
-
-def strip(terms: int, dtype: str) -> np.ndarray[Any, Any]:
-    """Return scratch memory for a reducing kernel of so many terms."""
-    return np.empty((terms, _STRIP), dtype)
-
-
-def sum_lanes(count: int) -> np.ndarray[Any, Any]:
-    """Return zeroed accumulators of `count` sums."""
-    return np.zeros((count, 32), np.float64)
