@@ -9,8 +9,9 @@
 mergekit gets a virtual environment of its own below DIRECTORY (torch first, then mergekit). Checkpoints are made there
 too (see `models.py`). Every merge runs in a fresh process with one thread; processor time is user plus system time of
 that process and its children. Each tool's start-up, the cost of merging a checkpoint of twelve small tensors, is
-measured right before every merge, so that both meet the same load of the machine, and subtracted. The floor is the cost of reading every input byte and writing and syncing every
-output byte. All inputs are read once before each run, so that the cache is warm.
+measured right before every merge, so that both meet the same load of the machine, and subtracted. The floor is the
+cost of reading every input byte and writing and syncing every output byte. All inputs are read once before each run,
+so that the cache is warm, and graftwork has merged the small checkpoint with the same method, so that it is compiled.
 
 What mergekit cost is kept in DIRECTORY/mergekit_SIZE.json, what graftwork cost in DIRECTORY/graftwork_SIZE.json.
 """
@@ -105,6 +106,8 @@ def inputs_of(configuration: dict[str, Any]) -> list[Path]:
 class Tool:
     """A merging program: how it is called, and in which environment."""
 
+    compiles = False
+
     def __init__(self, name: str, nice: int, work: Path) -> None:
         self.name, self.nice, self.work = name, nice, work
         self.environment = {
@@ -147,6 +150,8 @@ class Tool:
 
 class Graftwork(Tool):
     """The installed graftwork of this environment."""
+
+    compiles = True
 
     def __init__(self, nice: int, work: Path, threads: int) -> None:
         super().__init__("graftwork", nice, work)
@@ -289,7 +294,8 @@ def measure_methods(tool: Tool, store: Store, arguments: argparse.Namespace, siz
         configuration = recipe(method, base, tuned)
         pairs = Pairs()
         try:
-            tool.merge(recipe(method, smallest_base, smallest), "warm")  # compiles what the method needs
+            if tool.compiles:
+                tool.merge(recipe(method, smallest_base, smallest), "warm")
             for _ in range(arguments.repeat):
                 start = tool.merge(start_up, "startup")
                 pairs.add(start, tool.merge(configuration, f"{size}-{method}"))
