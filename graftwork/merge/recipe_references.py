@@ -37,6 +37,9 @@ class References:
         text = self._text(raw, path)
         if text is None:
             return None
+        if len(text) > _LONGEST_PATH:
+            self.report.problem(path, f"{shown_reference(text)} is longer than a path can be")
+            return None
         if text in self._known:
             reference, problems = self._known[text]
             for problem in problems:
@@ -59,9 +62,6 @@ class References:
             return None
         if not raw.strip():
             self.report.problem(path, "is empty")
-            return None
-        if len(raw) > _LONGEST_PATH:
-            self.report.problem(path, f"{shown_reference(raw)} is longer than a path can be")
             return None
         return raw.strip()
 
