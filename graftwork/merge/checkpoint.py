@@ -423,7 +423,12 @@ class Checkpoint:
             return
         view = buffer if buffer.format == "B" and buffer.ndim == 1 else buffer.cast("B")
         if self._ranges:
-            self._ranges[entry.name](offset, view)
+            try:
+                self._ranges[entry.name](offset, view)
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot read {quoted(entry.name)}: {quoted(entry.file)} {_reason(error)}"
+                ) from None
             return
         descriptor = self._descriptors[entry.file]
         position, done = entry.start + offset, 0
@@ -678,6 +683,7 @@ class _Opening:
             indexes = plain
         if indexes:
             single = indexes[0].removesuffix(".index.json")
+            single = single if single in present else "model.safetensors"
             if single in present:
                 raise self.error(
                     f"it has both {quoted(single)} and {quoted(indexes[0])}, and loaders differ on which counts; "
@@ -878,7 +884,7 @@ _NUMPY = MappingProxyType(
     {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
      "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8"}
 )  # fmt: skip
-_TORCH = MappingProxyType(
+TORCH_WORDS = MappingProxyType(
     {"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
      "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
      "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
@@ -923,7 +929,7 @@ def load_torch(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for name, entry in checkpoint.tensors.items():
-        dtype = getattr(torch, _TORCH.get(entry.dtype, ""), None)
+        dtype = getattr(torch, TORCH_WORDS.get(entry.dtype, ""), None)
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(
                 f"cannot load {quoted(name)} from {quoted(checkpoint.path)}: this torch has no dtype for "

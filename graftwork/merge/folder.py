@@ -602,7 +602,8 @@ def _classify(key: str, values: Sequence[Any]) -> str:
         return "error" if _ratio(values) > _THETA_RATIO else "warning"
     if name in {"rms_norm_eps", "layer_norm_eps"}:
         present = [value for value in values if value is not _ABSENT]
-        return "error" if _ratio(present) > _EPS_RATIO else "warning"
+        # A hair above ten, because 1e-5 / 1e-6 is.
+        return "error" if _ratio(present) > _EPS_RATIO * 1.000001 else "warning"
     if name == "id2label":
         return "error" if _labels_are_permuted(values) else "warning"
     if name.endswith(("_dropout", "_pdrop", "_drop")) and all(value is _ABSENT or value == 0 for value in values):

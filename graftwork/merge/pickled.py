@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftwork.merge.checkpoint import ReadRange, TensorEntry, listed, quoted
+from graftwork.merge.checkpoint import TORCH_WORDS, ReadRange, TensorEntry, listed, quoted
+from graftwork.merge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +69,7 @@ def load(path: Path, *, key: str | None = None) -> Pickled:
         tensor = tensors[name].detach()
         entry = _entry(name, tensor, path)
         result.entries[name] = entry
-        result.ranges[name] = _Range(tensor).read_into
+        result.ranges[name] = _Range(name, tensor, path).read_into
         if entry.size:
             storage = tensor.untyped_storage().data_ptr()
             place = (storage, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), entry.dtype)
@@ -175,9 +176,7 @@ def _without_common_prefix(tensors: dict[str, Tensor], result: Pickled) -> dict[
 def _entry(name: str, tensor: Tensor, path: Path) -> TensorEntry:
     import torch
 
-    from graftwork.merge.checkpoint import _TORCH
-
-    dtype = next((code for code, word in _TORCH.items() if getattr(torch, word, None) is tensor.dtype), None)
+    dtype = next((code for code, word in TORCH_WORDS.items() if getattr(torch, word, None) is tensor.dtype), None)
     if tensor.layout is not torch.strided or tensor.is_quantized or dtype is None:
         kind = tensor.layout if tensor.layout is not torch.strided else tensor.dtype
         raise PickleProblem(
@@ -199,7 +198,10 @@ def _entry(name: str, tensor: Tensor, path: Path) -> TensorEntry:
 class _Range:
     """Reads byte ranges of one tensor of a pickle."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, name: str, tensor: Tensor, path: Path) -> None:
+        self._name = name
+        self._path = path
+        self._file_size = path.stat().st_size
         self._tensor = tensor
         self._bytes: memoryview | None = None
         self._lock = threading.Lock()
@@ -208,6 +210,14 @@ class _Range:
         """Fill `buffer` from byte `offset` on."""
         import torch
 
+        # Touching mapped pages that a file no longer has kills the process; between this check and the copy it still
+        # would, but a file that was cut before is an error line.
+        if self._path.stat().st_size < self._file_size:
+            raise CheckpointError(
+                f"cannot read {quoted(self._name)} from {quoted(self._path)}: the file has shrunk to "
+                f"{self._path.stat().st_size} of {self._file_size} bytes since it was opened; start again when nothing "
+                "writes to it"
+            )
         with self._lock:
             if self._bytes is None:
                 # A view of the mapped file; only a tensor with gaps or strides is copied.

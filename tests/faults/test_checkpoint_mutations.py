@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from graftwork.merge import checkpoint as module
 from graftwork.merge.checkpoint import Checkpoint
@@ -319,6 +320,45 @@ def test_a_file_that_is_cut_after_opening_is_an_error_line(
         assert len(message.splitlines()) == 1
         with pytest.raises(CheckpointError, match="has changed"):
             checkpoint.quick_digest()
+
+
+def test_a_damaged_pickle_is_refused_or_read_in_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    state = {
+        "a": torch.arange(100.0),
+        "b": torch.ones(3, 4, dtype=torch.bfloat16),
+        "c": torch.arange(12.0).view(3, 4).T,
+    }
+    torch.save({"state_dict": state, "epoch": 1}, path)
+    healthy_bytes = path.read_bytes()
+    for seed in range(100):
+        chance = random.Random(seed)
+        blob = bytearray(healthy_bytes)
+        if seed % 5 == 0:
+            del blob[chance.randrange(len(blob)) :]
+        for _ in range(min(len(blob), chance.randint(1, 6))):
+            blob[chance.randrange(len(blob))] = chance.randrange(256)
+        path.write_bytes(blob)
+        try:
+            with Checkpoint.open(path, allow_pickle=True) as checkpoint:
+                assert all(len(checkpoint.read(name)) == entry.size for name, entry in checkpoint.tensors.items())
+        except CheckpointError as caught:
+            message = str(caught)
+        else:
+            continue
+        assert len(message.splitlines()) == 1
+
+
+def test_a_pickle_that_is_cut_after_opening_is_an_error_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"x": torch.ones(100_000)}, path)
+    with Checkpoint.open(path, allow_pickle=True) as checkpoint:
+        os.truncate(path, 1000)
+        with pytest.raises(CheckpointError, match="has shrunk to 1000 of"):
+            checkpoint.read("x")
+        path.unlink()
+        with pytest.raises(CheckpointError, match="does not exist"):
+            checkpoint.read("x")
 
 
 def test_a_header_that_claims_terabytes_is_refused_in_little_memory(tmp_path: Path) -> None:
