@@ -20,7 +20,7 @@ from graftwork.merge.errors import RecipeError
 from graftwork.merge.problems import join, printable, show
 
 LARGEST_FILE_BYTES = 4 * 2**20
-_MOST_VALUES = 200_000
+_MOST_VALUES = 100_000
 _MOST_DOCUMENTS = 1_000
 _DEEPEST = 32
 

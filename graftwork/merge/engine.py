@@ -300,6 +300,24 @@ class Engine:
             wait(futures)
             raise
 
+    def digest_only(self, inputs: Sequence[Input]) -> dict[tuple[int, str], bytes]:
+        """Return the digests of tensors that no step reads."""
+
+        def digest(number: int) -> bytes:
+            item = inputs[number]
+            block = max(1, BLOCK * dtypes.BITS[item.entry.dtype] // 8)
+            digests = []
+            for offset in range(0, item.entry.size, block):
+                data = memoryview(self.buffers.get("copy", 0, min(block, item.entry.size - offset), np.uint8))
+                self.readers[item.model].read_into(item.entry, offset, data)
+                digests.append(xxhash.xxh3_128_digest(data))
+                self.progress(len(data))
+            return tensor_digest(digests or [b""])
+
+        return {
+            (item.model, item.entry.name): digest(number) for number, item in enumerate(inputs)
+        }
+
     # ------------------------------------------------------------ one group of steps
 
     def _make(self, steps: list[Step], *, parallel: bool) -> None:
@@ -419,17 +437,16 @@ class Engine:
     def _copy(self, step: Step, parallel: bool) -> tuple[list[bytes], list[list[bytes]]]:
         item = step.models[0]
         size = item.entry.size
-        elements = max(step.elements, 1)
-        width = -(-size // elements)
-        piece = max(self.span * width, 1)
+        block = max(1, BLOCK * dtypes.BITS[item.entry.dtype] // 8)
+        piece = self.span // BLOCK * block
 
         def copy(number: int) -> list[bytes]:
             digests = []
             first, last = number * piece, min(size, (number + 1) * piece)
             data = memoryview(self.buffers.get("copy", 0, last - first, np.uint8))
             self.readers[item.model].read_into(item.entry, first, data)
-            for position in range(0, len(data), BLOCK * width):
-                digests.append(xxhash.xxh3_128_digest(data[position : position + BLOCK * width]))
+            for position in range(0, len(data), block):
+                digests.append(xxhash.xxh3_128_digest(data[position : position + block]))
             self.sink.write(step.name, first, data)
             self.progress(2 * len(data))
             return digests

@@ -93,7 +93,8 @@ def nearest_key(word: str, known: Iterable[str]) -> str | None:
         allowed = min(2, len(key) // 3)
         if lowered == key:
             return key
-        if abs(len(lowered) - len(key)) <= allowed:
+        # Letters that only one of them has cost an edit each, which spares most words the full comparison.
+        if abs(len(lowered) - len(key)) <= allowed and len(set(key) - set(lowered)) <= allowed:
             distance = _edits(lowered, key)
             if distance <= allowed and (best is None or distance < best[0]):
                 best = (distance, key)

@@ -63,10 +63,10 @@ def read_recipes(text: str, folder: Path | None, source: str) -> tuple[Recipe, .
         raise RecipeError(f"{printable(source)}: is empty")
     several = len(documents) > 1
     names = frozenset(_names(documents) if several else ())
-    methods = {name: registry.get(name) for name in registry.names()}
+    methods, words = registry.names(), registry.parameter_names() | _WORDS_WITHOUT_EFFECT
     readers = []
     for place, document in enumerate(documents):
-        reader = _DocumentReader(document, methods, names, folder, f"document {place + 1}: " if several else "")
+        reader = _DocumentReader(document, methods, words, names, folder, f"document {place + 1}: " if several else "")
         reader.read()
         readers.append(reader)
     order = _order(readers) if several else [0]
@@ -81,7 +81,8 @@ class _DocumentReader:
     def __init__(
         self,
         document: Document,
-        methods: Mapping[str, Method],
+        methods: tuple[str, ...],
+        words: frozenset[str],
         names: frozenset[str],
         folder: Path | None,
         prefix: str,
@@ -90,7 +91,7 @@ class _DocumentReader:
         self.report = Report(prefix)
         self.references = References(names, folder, self.report)
         self.methods = methods
-        self.words = _WORDS_WITHOUT_EFFECT.union(*(method.parameters for method in methods.values()))
+        self.words = words
         self.values: dict[str, Any] = {}
         self.method: Method | None = None
         self.base: ModelReference | None = None
@@ -203,13 +204,13 @@ class _DocumentReader:
                 self.report.problem("merge_method", "is missing; for example `merge_method: linear`")
             return
         if word in self.methods:
-            self.method = self.methods[word]
+            self.method = registry.get(word)
             return
         near = difflib.get_close_matches(word.lower(), self.methods, n=1)
         hint = f'did you mean "{near[0]}"?' if near else "`graftwork methods` lists them"
         self.report.problem("merge_method", f"there is no method {show(word)}; {hint}")
         if near:
-            self.method = self.methods[near[0]]  # the rest is checked as if this had been meant
+            self.method = registry.get(near[0])  # the rest is checked as if this had been meant
 
     def _was_typed(self, key: str) -> bool:
         """Say whether the root holds `key`, if only with a value of a wrong type."""
@@ -388,7 +389,9 @@ class _DocumentReader:
         if plain == "int64":
             self.report.problem(key, "int64 is no dtype for a merge; take float32 or bfloat16")
         else:
-            self.report.problem(key, f"there is no dtype {show(word)}{did_you_mean(plain, dtypes.NAMES)}")
+            common = [dtypes.TORCH_NAMES[code] for code in ("BF16", "F16", "F32", "F64")]
+            hint = did_you_mean(plain, common) or did_you_mean(plain, dtypes.NAMES)
+            self.report.problem(key, f"there is no dtype {show(word)}{hint}")
         return None
 
     def _read_exclude(self) -> None:
@@ -455,7 +458,7 @@ class _DocumentReader:
             seen.setdefault(source.model, source.key_path)
             if source.model == group.base and source.parameters:
                 words = spoken(f"`{word}`" for word in source.parameters)
-                self.report.warn(f"{source.key_path}.parameters", f"{words} of the base model has no effect")
+                self.report.warn(f"{source.key_path}.parameters", f"the base model has no use for {words}")
         if method.base == "ignored" and appended:
             base = group.sources[-1].model
             self.report.warn(

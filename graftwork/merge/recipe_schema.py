@@ -10,17 +10,25 @@ from graftwork.merge import dtypes
 from graftwork.merge.methods import registry
 from graftwork.merge.methods.registry import Parameter
 
+_REFERENCE = "definition"
+"""Stands for `$ref` until the schema is complete, because pydantic follows a `$ref` at once."""
+
+
+def _defined(name: str) -> WithJsonSchema:
+    return WithJsonSchema({_REFERENCE: name})
+
+
 _REFERENCE_SCHEMA = {
     "description": "A model: a folder, a file, or the name of another document of this file.",
     "anyOf": [{"type": "string"}, {"type": "object"}],
 }
 _Reference = Annotated[Any, WithJsonSchema(_REFERENCE_SCHEMA)]
-_Settings = Annotated[dict[str, Any] | None, WithJsonSchema({"$ref": "#/$defs/Parameters"})]
+_Settings = Annotated[dict[str, Any] | None, _defined("Parameters")]
 
 
 def _list_of(entry: str) -> Any:
     """Return the schema of a list of entries, each of which is read on its own to collect its problems."""
-    return WithJsonSchema({"type": "array", "minItems": 1, "items": {"$ref": f"#/$defs/{entry}"}})
+    return WithJsonSchema({"type": "array", "minItems": 1, "items": {_REFERENCE: entry}})
 
 
 class _Level(BaseModel):
@@ -84,7 +92,7 @@ class RecipeDocument(_Level):
     slices: Annotated[list[Any] | None, _list_of("SliceEntry")] = None
     modules: Annotated[
         dict[str, Any] | None,
-        WithJsonSchema({"type": "object", "additionalProperties": {"$ref": "#/$defs/ModuleEntry"}}),
+        WithJsonSchema({"type": "object", "additionalProperties": {_REFERENCE: "ModuleEntry"}}),
     ] = None
     parameters: _Settings = None
     base_model: _Reference = None
@@ -93,7 +101,7 @@ class RecipeDocument(_Level):
     )
     out_dtype: Annotated[str | None, WithJsonSchema({"enum": sorted(dtypes.NAMES)})] = None
     tokenizer_source: _Reference = None
-    tokenizer: Annotated[dict[str, Any] | None, WithJsonSchema({"$ref": "#/$defs/TokenizerEntry"})] = None
+    tokenizer: Annotated[dict[str, Any] | None, _defined("TokenizerEntry")] = None
     chat_template: str | None = None
     exclude: Annotated[list[str] | str | None, WithJsonSchema({"type": "array", "items": {"type": "string"}})] = Field(
         None, description="Patterns of tensors that are copied and not merged."
@@ -102,10 +110,10 @@ class RecipeDocument(_Level):
 
 def json_schema() -> dict[str, Any]:
     """Return a JSON schema of recipe files, for editors that complete and check while typing."""
-    schema = RecipeDocument.model_json_schema()
+    schema: dict[str, Any] = _linked(RecipeDocument.model_json_schema())
     definitions = schema.setdefault("$defs", {})
     for entry in (ModelEntry, SourceEntry, SliceEntry, ModuleEntry, TokenizerEntry):
-        definitions[entry.__name__] = entry.model_json_schema()
+        definitions[entry.__name__] = _linked(entry.model_json_schema())
     names = registry.names()
     properties: dict[str, Any] = {}
     for name in names:
@@ -125,6 +133,16 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["properties"]["merge_method"] = {"enum": list(names), "description": "How the models are merged."}
     return schema
+
+
+def _linked(schema: Any) -> Any:
+    """Return a schema with the names of definitions as JSON references."""
+    if isinstance(schema, dict):
+        return {
+            "$ref" if key == _REFERENCE else key: f"#/$defs/{item}" if key == _REFERENCE else _linked(item)
+            for key, item in schema.items()
+        }
+    return [_linked(item) for item in schema] if isinstance(schema, list) else schema
 
 
 def _value_schemas(parameter: Parameter) -> list[dict[str, Any]]:

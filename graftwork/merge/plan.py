@@ -1,0 +1,793 @@
+"""Recipe × checkpoints → what will be done, tensor by tensor, known before the first weight is read.
+
+Everything that exists is decided by the headers of the inputs, never by a list of architectures: each tensor of each
+input is merged, copied, or named as dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from graftwork.merge import dtypes, lineage
+from graftwork.merge.checkpoint import BLOCK, Checkpoint, TensorEntry
+from graftwork.merge.engine import SPAN, Input, Step
+from graftwork.merge.errors import CheckpointError, MismatchError, RecipeError
+from graftwork.merge.folder import compare_configs, output_config, side_files, weights_order
+from graftwork.merge.layers import Stack, find_stacks, is_head_side, layer_of
+from graftwork.merge.methods.registry import Method, get
+from graftwork.merge.parameters import ParameterProblem, position, resolve, scopes, unmatched_filters
+from graftwork.merge.recipe import ModelReference, Recipe, Slice, Source
+from graftwork.merge.writer import OutputTensor
+
+OnMismatch = Literal["error", "base", "skip"]
+
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+
+_UNALIGNED = 0.5
+"""Below this cosine between the weights of two models, they hardly come from one ancestor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a recipe is carried out, as far as it decides the result.
+
+    Args:
+        on_mismatch: What to do with a tensor whose shapes differ: stop, take the base's (or the donor's), or leave it out.
+        on_missing: The same for a tensor that some models lack.
+        allow_pickle: Read `.pt` and `.bin` files.
+        allow_architectures: Merge models whose configurations name different architectures.
+        allow_config: Configuration keys whose differences are only warned of.
+        allow_nonfinite: Let element-wise methods pass on NaN and infinities.
+        strict: Treat warnings about the recipe as errors.
+        seed: Seed of random masks where the recipe gives none.
+        copy_tokenizer: Take tokenizer files over from the donor.
+    """
+
+    on_mismatch: OnMismatch = "error"
+    on_missing: OnMismatch = "error"
+    allow_pickle: bool = False
+    allow_architectures: bool = False
+    allow_config: tuple[str, ...] = ()
+    allow_nonfinite: bool = False
+    strict: bool = False
+    seed: int | None = None
+    copy_tokenizer: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A tensor of an input that has no part in the output, and why."""
+
+    model: int
+    entry: TensorEntry
+    reason: str
+
+
+@dataclass(slots=True)
+class Plan:
+    """What will be done.
+
+    Args:
+        recipe: The recipe.
+        method: Its method.
+        checkpoints: The inputs.
+        labels: A name for each input, for messages and lineage.
+        steps: One per output tensor, in the order of the output.
+        dropped: Tensors of the inputs that have no part in the output.
+        warnings: What a user should know, one line each.
+        config: The output's `config.json`, or None.
+        donor: Position of the input that gives configuration and side files.
+        options: How it is carried out.
+    """
+
+    recipe: Recipe
+    method: Method
+    checkpoints: list[Checkpoint]
+    labels: list[str]
+    steps: list[Step]
+    dropped: list[Dropped]
+    warnings: list[str]
+    config: str | None
+    donor: int
+    options: Options
+    _unread: list[Input] | None = field(default=None, repr=False)
+
+    @property
+    def outputs(self) -> list[OutputTensor]:
+        """The output's tensors in order."""
+        return [
+            OutputTensor(step.name, step.dtype, step.shape, step.elements * dtypes.BITS[step.dtype] // 8)
+            for step in self.steps
+        ]
+
+    @property
+    def unread(self) -> list[Input]:
+        """Tensors that no step reads; they are read only because the lineage names what whole inputs hold."""
+        if self._unread is None:
+            used = {(item.model, item.entry.name) for step in self.steps for item in step.inputs}
+            self._unread = [
+                Input(model, entry)
+                for model, checkpoint in enumerate(self.checkpoints)
+                for entry in checkpoint.tensors.values()
+                if (model, entry.name) not in used
+            ]
+        return self._unread
+
+    @property
+    def merged(self) -> list[Step]:
+        """Steps that compute something."""
+        return [step for step in self.steps if step.program is not None]
+
+    @property
+    def copied(self) -> list[Step]:
+        """Steps that copy bytes."""
+        return [step for step in self.steps if step.program is None]
+
+    @property
+    def elements(self) -> int:
+        """Elements of the output."""
+        return sum(step.elements for step in self.steps)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read at least once; methods that need statistics first read some of them again."""
+        steps = sum(item.entry.size for step in self.steps for item in step.inputs)
+        return steps + sum(item.entry.size for item in self.unread)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of tensor data written."""
+        return sum(tensor.size for tensor in self.outputs)
+
+    def peak_memory(self, threads: int) -> int:
+        """Return an estimate of the memory that the engine's buffers need, in bytes."""
+        largest = 0
+        for step in self.merged:
+            read = sum(min(BLOCK, step.elements) * dtypes.BITS[item.entry.dtype] // 8 for item in step.inputs)
+            memory = read + min(SPAN, step.elements) * dtypes.BITS[step.dtype] // 8
+            memory *= threads
+            if self.method.kind == "matrix":
+                memory += (len(step.inputs) + 2) * step.elements * 8
+            if self.method.kind == "rows":
+                unit = math.prod(step.shape[1:]) if len(step.shape) > 1 else step.elements
+                memory += threads * 6 * max(unit * len(step.inputs), min(step.elements * len(step.inputs), 1 << 20)) * 8
+            if self.method.kind == "selection" and step.elements > SPAN:
+                memory += (threads + 1) * len(step.models) * (1 << 20)
+            largest = max(largest, memory)
+        return largest
+
+    def digest(self) -> str:
+        """Return a digest of everything that decides the output's bytes, for resuming an interrupted run."""
+        content = {
+            "recipe": canonical_recipe(self.recipe, self.labels_by_text()),
+            "inputs": [checkpoint.quick_digest() for checkpoint in self.checkpoints],
+            "outputs": [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in self.outputs],
+            "copied": [step.name for step in self.copied],
+            "options": repr(self.options),
+            "version": lineage.metadata("", method="", recipe="", parents=[], digest="")[lineage.PREFIX + "version"],
+        }
+        return lineage.text_digest(json.dumps(content, sort_keys=True))
+
+    def labels_by_text(self) -> dict[str, str]:
+        """Return the label of each model reference by the text it has in the recipe."""
+        places = {reference: label for reference, label in zip(self.recipe.inputs, self.labels, strict=True)}
+        texts: dict[str, str] = {}
+        for group in self.recipe.slices:
+            for source in group.sources:
+                texts[source.model.text] = places[source.model]
+            if group.base is not None:
+                texts[group.base.text] = places[group.base]
+        if self.recipe.base is not None:
+            texts[self.recipe.base.text] = places.get(self.recipe.base, self.recipe.base.text)
+        return texts
+
+    def close(self) -> None:
+        """Close the inputs."""
+        for checkpoint in self.checkpoints:
+            checkpoint.close()
+
+
+def canonical_recipe(recipe: Recipe, labels: Mapping[str, str]) -> str:
+    """Return the recipe as canonical JSON in which models have labels instead of paths."""
+
+    def relabelled(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: relabelled(item, name) for name, item in value.items()}
+        if isinstance(value, list):
+            return [relabelled(item, key) for item in value]
+        if key in {"model", "base_model", "donor"} and isinstance(value, str):
+            return labels.get(value, value)
+        return value
+
+    return json.dumps(
+        relabelled(json.loads(recipe.canonical())), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
+
+
+def make_plan(
+    recipe: Recipe, options: Options | None = None, *, steps: Mapping[str, Path] | None = None
+) -> Plan:
+    """Open the inputs of a recipe and plan its merge.
+
+    Args:
+        recipe: The recipe.
+        options: How it is carried out.
+        steps: Folders that hold the outputs of earlier documents, by name.
+
+    Raises:
+        CheckpointError: An input cannot be read.
+        MismatchError: The inputs do not fit each other; carries every problem.
+        RecipeError: A parameter is missing or wrong for some tensor, or a warning under `strict`.
+    """
+    return _Planner(recipe, options or Options(), dict(steps or {})).plan()
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """An output tensor before it is known what becomes of it."""
+
+    name: str
+    group: Slice
+    names: dict[ModelReference, str]
+    position: float
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, options: Options, steps: Mapping[str, Path]) -> None:
+        self.recipe = recipe
+        self.options = options
+        self.method = get(recipe.method)
+        self.warnings = list(recipe.warnings)
+        self.problems: list[str] = []
+        self.dropped: list[Dropped] = []
+        self.steps: list[Step] = []
+        self.inputs = list(recipe.inputs)
+        if recipe.donor not in self.inputs:
+            self.inputs.append(recipe.donor)
+        self.checkpoints: list[Checkpoint] = []
+        problems = []
+        for reference in self.inputs:
+            path = steps.get(reference.step or "") or reference.path
+            if path is None:
+                problems.append(f"{reference.text}: it is not a local model")
+                continue
+            try:
+                what = f"the input {_key_path(recipe, reference)}"
+                self.checkpoints.append(Checkpoint.open(path, allow_pickle=options.allow_pickle, what=what))
+            except CheckpointError as error:
+                problems.extend(error.problems)
+        if problems:
+            for checkpoint in self.checkpoints:
+                checkpoint.close()
+            raise CheckpointError(*problems)
+        self.labels = _labels(self.inputs)
+        self.places = {reference: number for number, reference in enumerate(self.inputs)}
+        self.stacks = [find_stacks(checkpoint.tensors) for checkpoint in self.checkpoints]
+        self.untied = False
+        self._resolved: dict[tuple[int, str, int, str, float], Any] = {}
+        self._failed: set[str] = set()
+
+    def plan(self) -> Plan:
+        try:
+            return self._plan()
+        except BaseException:
+            for checkpoint in self.checkpoints:
+                checkpoint.close()
+            raise
+
+    def _plan(self) -> Plan:
+        recipe = self.recipe
+        if self.options.strict and recipe.warnings:
+            raise RecipeError([f"{warning} (--strict)" for warning in recipe.warnings])
+        for number, checkpoint in enumerate(self.checkpoints):
+            self.warnings.extend(f"{self.labels[number]}: {note}" for note in checkpoint.notes)
+        self._compare_configs()
+        wanted = self._sliced() if recipe.sliced else self._whole(recipe.slices[0])
+        for item in wanted:
+            self._add(item)
+        self._account()
+        self._unmatched_filters()
+        if self.problems:
+            raise MismatchError(*self.problems)
+        if self._failed:
+            raise RecipeError(sorted(self._failed))
+        if not self.steps:
+            raise MismatchError("cannot merge: the inputs hold no tensors")
+        order = {name: place for place, name in enumerate(weights_order(step.name for step in self.steps))}
+        self.steps.sort(key=lambda step: order[step.name])
+        self._check_kinship()
+        return Plan(
+            recipe=recipe,
+            method=self.method,
+            checkpoints=self.checkpoints,
+            labels=self.labels,
+            steps=self.steps,
+            dropped=self.dropped,
+            warnings=self.warnings,
+            config=self._config(),
+            donor=self.places[recipe.donor],
+            options=self.options,
+        )
+
+    # ------------------------------------------------------------ which output tensors there are
+
+    def _whole(self, group: Slice) -> list[_Wanted]:
+        """Return the wanted tensors of a recipe without slices: the union of what its models hold."""
+        order = [self.recipe.donor, *(source.model for source in group.sources)]
+        names: dict[str, None] = {}
+        for reference in order:
+            names.update(dict.fromkeys(self._tensors(reference)))
+        stacks = find_stacks(names)
+        holders = [source.model for source in group.sources]
+        wanted = []
+        for name in names:
+            layer = layer_of(name, stacks)
+            place = position(layer[1], layer[0].count) if layer else 0.0
+            wanted.append(_Wanted(name, group, dict.fromkeys(holders, name), place))
+        return wanted
+
+    def _sliced(self) -> list[_Wanted]:
+        """Return the wanted tensors of a recipe with slices: layers in order of appearance, the rest around them."""
+        stack = self._stack()
+        if stack is None:
+            return []
+        wanted: list[_Wanted] = []
+        number = 0
+        for group in self.recipe.slices:
+            ranges = {source.model: self._range(source, stack.prefix) for source in group.sources}
+            count = min(last - first for first, last in ranges.values())
+            for k in range(count):
+                suffixes: dict[str, None] = {}
+                for source in group.sources:
+                    suffixes.update(dict.fromkeys(self._suffixes(source.model, stack.prefix, ranges[source.model][0] + k)))
+                for suffix in suffixes:
+                    names = {
+                        source.model: stack.tensor(ranges[source.model][0] + k, suffix) for source in group.sources
+                    }
+                    wanted.append(_Wanted(stack.tensor(number, suffix), group, names, position(k, count)))
+                number += 1
+        rest: dict[str, Slice] = {}
+        for group in (self.recipe.slices[0], self.recipe.slices[-1]):
+            for reference in [source.model for source in group.sources]:
+                for name in self._tensors(reference):
+                    layer = layer_of(name, self.stacks[self.places[reference]])
+                    if layer and layer[0].prefix == stack.prefix:
+                        continue
+                    if is_head_side(name) == (group is self.recipe.slices[-1]) or len(self.recipe.slices) == 1:
+                        rest.setdefault(name, group)
+        wanted.extend(
+            _Wanted(name, group, {source.model: name for source in group.sources}, 0.0) for name, group in rest.items()
+        )
+        return wanted
+
+    def _stack(self) -> Stack | None:
+        """Return the stack whose layers are sliced: the only one that all inputs have."""
+        used = [source.model for group in self.recipe.slices for source in group.sources]
+        common = [
+            prefix for prefix in self.stacks[self.places[used[0]]] if all(prefix in self.stacks[self.places[m]] for m in used)
+        ]
+        if len(common) > 1:
+            text = [prefix for prefix in common if "language_model" in prefix or "text" in prefix]
+            common = text if len(text) == 1 else common
+        if len(common) != 1:
+            found = ", ".join(f'"{prefix}"' for prefix in common) or "none"
+            self.problems.append(
+                f"cannot slice: the models must have exactly one stack of layers in common, found {found}; "
+                "merge whole models with `models:`"
+            )
+            return None
+        return self.stacks[self.places[used[0]]][common[0]]
+
+    def _range(self, source: Source, prefix: str) -> tuple[int, int]:
+        count = self.stacks[self.places[source.model]][prefix].count
+        first, last = source.layer_range or (0, count)
+        if not 0 <= first < last <= count:
+            self.problems.append(
+                f"{source.key_path}.layer_range: [{first}, {last}] is not within the {count} layers of "
+                f"{self.labels[self.places[source.model]]}; layers count from 0 and the end is not included"
+            )
+            return 0, 1
+        return first, last
+
+    def _suffixes(self, reference: ModelReference, prefix: str, index: int) -> list[str]:
+        place = self.places[reference]
+        start = f"{prefix}.{index}." if prefix else f"{index}."
+        return [name[len(start) :] for name in self.checkpoints[place].tensors if name.startswith(start)]
+
+    def _tensors(self, reference: ModelReference) -> Mapping[str, TensorEntry]:
+        return self.checkpoints[self.places[reference]].tensors
+
+    # ------------------------------------------------------------ what becomes of one
+
+    def _add(self, wanted: _Wanted) -> None:
+        group = wanted.group
+        held: dict[ModelReference, TensorEntry] = {}
+        for reference, name in wanted.names.items():
+            entry = self._tensors(reference).get(name) or self._tied(reference, name)
+            if entry is not None:
+                held[reference] = entry
+        donor = self._fallback(wanted, held)
+        if any(fnmatchcase(wanted.name, pattern) for pattern in self.recipe.exclude):
+            self._take(wanted, donor, "excluded by the recipe")
+            return
+        kinds = {entry.dtype for entry in held.values()}
+        if not held or not kinds <= set(dtypes.MERGEABLE):
+            if len(held) > 1:
+                self._note_integers(wanted.name, held, donor)
+            self._take(wanted, donor, "not a floating-point tensor")
+            return
+        missing = [reference for reference in wanted.names if reference not in held]
+        if missing and not self._accept_missing(wanted, held, missing, donor):
+            return
+        shapes = {entry.shape for entry in held.values()}
+        if len(shapes) > 1 and not self._accept_shapes(wanted, held, donor):
+            return
+        self._merge(wanted, held, group)
+
+    def _fallback(
+        self, wanted: _Wanted, held: Mapping[ModelReference, TensorEntry]
+    ) -> tuple[ModelReference, TensorEntry] | None:
+        """Return who gives a tensor that is not merged: the base, else the donor, else the first that has it."""
+        order = [wanted.group.base, self.recipe.base, self.recipe.donor, *wanted.names]
+        for reference in order:
+            if reference is None or reference not in self.places:
+                continue
+            if reference in held:
+                return reference, held[reference]
+            entry = self._tensors(reference).get(wanted.name)
+            if entry is not None and not self.recipe.sliced:
+                return reference, entry
+        return None
+
+    def _tied(self, reference: ModelReference, name: str) -> TensorEntry | None:
+        """Return the embedding that stands for a head which a model with tied embeddings does not store."""
+        if not name.endswith(_HEADS):
+            return None
+        place = self.places[reference]
+        config = self.checkpoints[place].config or {}
+        text = config.get("text_config")
+        flag = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
+        if flag is not True:
+            return None
+        found = [entry for key, entry in self.checkpoints[place].tensors.items() if key.endswith(_EMBEDDINGS)]
+        if len(found) != 1:
+            return None
+        if not self.untied:
+            self.warnings.append(
+                f"{self.labels[place]} ties its head to the embedding and another input does not: the output has a head "
+                "of its own"
+            )
+        self.untied = True
+        return found[0]
+
+    def _note_integers(
+        self, name: str, held: Mapping[ModelReference, TensorEntry], donor: tuple[ModelReference, TensorEntry] | None
+    ) -> None:
+        if donor is None:
+            return
+        first = self.checkpoints[self.places[donor[0]]].read(donor[1].name)
+        for reference, entry in held.items():
+            if entry.size > 1 << 20 or self.checkpoints[self.places[reference]].read(entry.name) != first:
+                self.warnings.append(
+                    f'"{name}" ({donor[1].dtype}) is not averaged: it comes from {self.labels[self.places[donor[0]]]}'
+                )
+                return
+
+    def _accept_missing(
+        self,
+        wanted: _Wanted,
+        held: dict[ModelReference, TensorEntry],
+        missing: Sequence[ModelReference],
+        donor: tuple[ModelReference, TensorEntry] | None,
+    ) -> bool:
+        """Decide about a tensor that some models lack; return whether it is merged among those that have it."""
+        lacking = ", ".join(self.labels[self.places[reference]] for reference in missing)
+        choice = self.options.on_missing
+        if choice == "error" and is_buffer(wanted.name):
+            choice = "base"
+        if choice == "error":
+            holders = ", ".join(self.labels[self.places[reference]] for reference in held)
+            self.problems.append(
+                f'cannot merge "{wanted.name}": {lacking} {"lacks" if len(missing) == 1 else "lack"} it, {holders} '
+                f"{'has' if len(held) == 1 else 'have'} it; take it from the base with --on-missing base, leave it out "
+                f"with --on-missing skip, or copy it with `exclude`{self._layout_hint(missing[0], next(iter(held)))}"
+            )
+        elif choice == "skip":
+            self._drop(wanted, held, f"{lacking} lacks it")
+        else:
+            self._take(wanted, donor, f"{lacking} lacks it")
+        return False
+
+    def _layout_hint(self, left: ModelReference, right: ModelReference) -> str:
+        """Return a hint for models whose names differ altogether."""
+        first, second = set(self._tensors(left)), set(self._tensors(right))
+        shared = len(first & second)
+        if shared * 2 >= max(len(first), len(second)):
+            return ""
+        return (
+            f". The two have only {shared} of {max(len(first), len(second))} names in common: they are stored in "
+            "different layouts (see both with `graftwork inspect`) and must be brought into one first"
+        )
+
+    def _accept_shapes(
+        self,
+        wanted: _Wanted,
+        held: Mapping[ModelReference, TensorEntry],
+        donor: tuple[ModelReference, TensorEntry] | None,
+    ) -> bool:
+        shapes = ", ".join(f"{self.labels[self.places[ref]]} has {list(entry.shape)}" for ref, entry in held.items())
+        if self.options.on_mismatch == "error":
+            self.problems.append(
+                f'cannot merge "{wanted.name}": {shapes}; leave it unmerged with `exclude: ["{wanted.name}"]`, or choose '
+                "--on-mismatch base or --on-mismatch skip"
+            )
+        elif self.options.on_mismatch == "skip":
+            self._drop(wanted, held, "the shapes differ")
+        else:
+            self._take(wanted, donor, "the shapes differ")
+        return False
+
+    def _drop(self, wanted: _Wanted, held: Mapping[ModelReference, TensorEntry], reason: str) -> None:
+        self.dropped.extend(Dropped(self.places[ref], entry, reason) for ref, entry in held.items())
+        self.warnings.append(f'"{wanted.name}" is left out of the output: {reason}')
+
+    def _take(self, wanted: _Wanted, donor: tuple[ModelReference, TensorEntry] | None, reason: str) -> None:
+        """Take a tensor from one model, converted only if the recipe asks for another floating-point dtype."""
+        if donor is None:
+            self.problems.append(f'cannot make "{wanted.name}": no input can give it ({reason})')
+            return
+        reference, entry = donor
+        dtype = self.recipe.dtype if self.recipe.dtype and entry.dtype in dtypes.MERGEABLE else entry.dtype
+        item = Input(self.places[reference], entry)
+        program = None if dtype == entry.dtype else partial(get("passthrough").program, scale=(None,))
+        self.steps.append(Step(wanted.name, dtype, entry.shape, (item,), None, program, notes=[reason]))
+
+    # ------------------------------------------------------------ merging
+
+    def _merge(self, wanted: _Wanted, held: Mapping[ModelReference, TensorEntry], group: Slice) -> None:
+        sources = [source for source in group.models if source.model in held]
+        base = group.base
+        entries = [held[source.model] for source in sources]
+        every = [*entries, *([held[base]] if base is not None else [])]
+        dtype = self.recipe.dtype or dtypes.promoted([entry.dtype for entry in every])
+        values = self._parameters(wanted, group, sources)
+        if values is None:
+            return
+        problem = self.method.problem(**values) if sources else None
+        if problem:
+            self._failed.add(f'{self.recipe.method} on "{wanted.name}": {problem}')
+            return
+        inputs = tuple(Input(self.places[source.model], held[source.model]) for source in sources)
+        base_input = Input(self.places[base], held[base]) if base is not None else None
+        if not sources:
+            assert base_input is not None
+            self._take(wanted, (base, held[base]) if base is not None else None, "no model but the base")
+            return
+        if self.recipe.method == "passthrough" and values["scale"][0] is None and entries[0].dtype == dtype:
+            self.steps.append(Step(wanted.name, dtype, entries[0].shape, inputs))
+            return
+        order = [source.model for source in group.models]
+        self.steps.append(
+            Step(
+                name=wanted.name,
+                dtype=dtype,
+                shape=every[0].shape,
+                models=inputs,
+                base=base_input,
+                program=partial(self.method.program, **values),
+                kind=self.method.kind,
+                streams=tuple(order.index(source.model) for source in sources),
+                group=self.recipe.method if values.get("scope") == "model" else "",
+            )
+        )
+
+    def _parameters(self, wanted: _Wanted, group: Slice, sources: Sequence[Source]) -> dict[str, Any] | None:
+        values: dict[str, Any] = {}
+        for number, parameter in enumerate(self.method.parameters.values()):
+            if not parameter.has_effect:
+                continue
+            try:
+                if parameter.per_model:
+                    values[parameter.keyword] = tuple(
+                        self._value(number, group, source, wanted.names[source.model], wanted.position)
+                        for source in sources
+                    )
+                else:
+                    value = self._value(number, group, None, wanted.name, wanted.position)
+                    if parameter.name == "seed" and self.options.seed is not None and value == parameter.default:
+                        value = self.options.seed
+                    values[parameter.keyword] = value
+            except ParameterProblem as problem:
+                self._failed.add(f"{problem} (for {wanted.name.split('.')[0]}…)" if False else str(problem))
+                return None
+        return values
+
+    def _value(self, number: int, group: Slice, source: Source | None, name: str, place: float) -> Any:
+        parameter = tuple(self.method.parameters.values())[number]
+        key = (number, group.key_path, source.key_path if source else "")
+        found = self._scalars.get(key)
+        if found is not None:
+            return found[0]
+        chain = scopes(parameter, self.recipe, group, source)
+        settings = [scope[parameter.name] for _, scope in chain if parameter.name in scope]
+        value = resolve(parameter, chain, name=name, position=place)
+        if not settings or not isinstance(settings[0], list | tuple | Mapping):
+            self._scalars[key] = (value,)
+        return value
+
+    @property
+    def _scalars(self) -> dict[Any, Any]:
+        return self._resolved
+
+    # ------------------------------------------------------------ checks over everything
+
+    def _account(self) -> None:
+        """Name every tensor of an input that has no part in the output."""
+        used = {(item.model, item.entry.name) for step in self.steps for item in step.inputs}
+        used |= {(item.model, item.entry.name) for item in self.dropped}
+        names = {step.name for step in self.steps}
+        for model, checkpoint in enumerate(self.checkpoints):
+            for entry in checkpoint.tensors.values():
+                if (model, entry.name) not in used:
+                    reason = "taken from another input" if entry.name in names else "its layers are not used"
+                    self.dropped.append(Dropped(model, entry, reason))
+
+    def _unmatched_filters(self) -> None:
+        names = [name for checkpoint in self.checkpoints for name in checkpoint.tensors]
+        names += [step.name for step in self.steps]
+        seen: list[tuple[str, Mapping[str, object]]] = [("parameters", self.recipe.parameters)]
+        for group in self.recipe.slices:
+            seen.append((f"{group.key_path}.parameters", group.parameters))
+            seen.extend((f"{source.key_path}.parameters", source.parameters) for source in group.sources)
+        self.warnings.extend(dict.fromkeys(unmatched_filters(seen, names)))
+
+    def _compare_configs(self) -> None:
+        configs = [
+            (label, checkpoint.config)
+            for label, checkpoint in zip(self.labels, self.checkpoints, strict=True)
+            if checkpoint.config is not None
+        ]
+        if len(configs) < 2:
+            return
+        allowed = set(self.options.allow_config)
+        if self.options.allow_architectures:
+            allowed |= {"architectures", "model_type"}
+        base = self.labels[self.places[self.recipe.base]] if self.recipe.base in self.places else None
+        errors, warnings = compare_configs(
+            configs, method_uses_base=self.method.base == "required", base=base, allowed=allowed
+        )
+        self.problems.extend(errors)
+        self.warnings.extend(warnings)
+
+    def _check_kinship(self) -> None:
+        """Warn if the weights of two models point in unrelated directions: they do not come from one ancestor."""
+        steps = [step for step in self.merged_matrices()][:16]
+        count = max((len(step.inputs) for step in steps), default=0)
+        if count < 2 or self.recipe.sliced:
+            return
+        gram = np.zeros((count, count))
+        for step in steps:
+            if len(step.inputs) != count:
+                continue
+            rows = np.stack([self._sample(item) for item in step.inputs])
+            gram += rows @ rows.T
+        norms = np.sqrt(np.diag(gram))
+        if not np.all(norms > 0):
+            return
+        cosine = gram / np.outer(norms, norms)
+        worst = np.unravel_index(int(np.argmin(cosine)), cosine.shape)
+        if cosine[worst] < _UNALIGNED:
+            order = [item.model for item in steps[0].inputs]
+            left, right = self.labels[order[int(worst[0])]], self.labels[order[int(worst[1])]]
+            self.warnings.append(
+                f"{left} and {right} do not look like relatives (cosine of their weights {cosine[worst]:.3f}): models "
+                "trained from different starts have their units in different orders, and their average is usually no "
+                "better than chance; re-order one to match the other first (permutation alignment), then merge"
+            )
+
+    def merged_matrices(self) -> list[Step]:
+        """Return the steps that merge matrices, largest first."""
+        steps = [step for step in self.steps if step.program is not None and len(step.shape) >= 2 and len(step.inputs) > 1]
+        return sorted(steps, key=lambda step: -step.elements)
+
+    def _sample(self, item: Input) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return up to 4,096 values from the middle of a tensor."""
+        width = dtypes.BITS[item.entry.dtype] // 8
+        count = min(4096, item.entry.elements)
+        buffer = bytearray(count * width)
+        first = (item.entry.elements - count) // 2
+        self.checkpoints[item.model].read_into(item.entry, first * width, memoryview(buffer))
+        if item.entry.dtype == "BF16":
+            words = np.frombuffer(buffer, np.uint16).astype(np.uint32) << 16
+            values = words.view(np.float32).astype(np.float64)
+        elif item.entry.dtype in {"F16", "F32", "F64"}:
+            values = np.frombuffer(buffer, {"F16": "f2", "F32": "f4", "F64": "f8"}[item.entry.dtype]).astype(np.float64)
+        else:
+            values = np.zeros(count)
+        return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+
+    # ------------------------------------------------------------ side files
+
+    def _config(self) -> str | None:
+        donor = self.checkpoints[self.places[self.recipe.donor]]
+        if donor.folder is None or donor.config is None:
+            return None
+        sizes: dict[str, int] = {}
+        for step in self.steps:
+            if step.dtype in dtypes.MERGEABLE:
+                sizes[step.dtype] = sizes.get(step.dtype, 0) + step.elements * dtypes.BITS[step.dtype]
+        dtype = max(sizes, key=lambda code: sizes[code]) if sizes else None
+        notes: list[str] = []
+        text = (donor.folder / "config.json").read_text(encoding="utf-8")
+        layers: list[tuple[Mapping[str, Any], int]] | None = None
+        count: int | None = None
+        if self.recipe.sliced:
+            stack = self._stack()
+            assert stack is not None
+            layers = []
+            for group in self.recipe.slices:
+                source = next((item for item in group.sources if item.model == group.base), group.sources[0])
+                first, last = self._range(source, stack.prefix)
+                config = self.checkpoints[self.places[source.model]].config or {}
+                layers.extend((config, index) for index in range(first, last))
+            donor_stack = self.stacks[self.places[self.recipe.donor]].get(stack.prefix)
+            count = donor_stack.count if donor_stack else None
+        edited = output_config(
+            text,
+            dtype=dtype,
+            layer_sources=layers,
+            stack_count=count,
+            tie_word_embeddings=False if self.untied else None,
+            notes=notes,
+        )
+        self.warnings.extend(notes)
+        return edited
+
+
+def is_buffer(name: str) -> bool:
+    """Return whether a tensor is a buffer that a model can compute itself, so that files may or may not hold it."""
+    return name.rsplit(".", 1)[-1] in {"inv_freq", "position_ids", "masked_bias", "rotary_emb", "cos_cached", "sin_cached"}
+
+
+def donor_files(plan: Plan) -> dict[str, Path]:
+    """Return the side files that the output takes over, by path relative to the output."""
+    folder = plan.checkpoints[plan.donor].folder
+    if folder is None:
+        return {}
+    return {str(name): folder / name for name in side_files(folder, copy_tokenizer=plan.options.copy_tokenizer)}
+
+
+def _labels(references: Sequence[ModelReference]) -> list[str]:
+    """Return short names of the inputs: the last part of a path, or more of it where that is not enough."""
+    parts = [Path(reference.step or reference.text.rstrip("/")).parts or (reference.text,) for reference in references]
+    resolved = [
+        (reference.path.parts if reference.path is not None and parts[number][-1] in {".", ".."} else parts[number])
+        for number, reference in enumerate(references)
+    ]
+    for length in range(1, 12):
+        labels = ["/".join(part[-length:]).lstrip("/") for part in resolved]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{label}#{number}" for number, label in enumerate(labels)]
+
+
+def _key_path(recipe: Recipe, reference: ModelReference) -> str:
+    """Return where a recipe names a model."""
+    for group in recipe.slices:
+        for source in group.sources:
+            if source.model == reference:
+                return source.key_path
+    return "base_model"
+
+
+Progress = Callable[[int], None]
