@@ -4,7 +4,8 @@
 
 Run it with a Python that has mergekit 0.1.5. The file holds the inputs (`input.SHAPE.base`, `input.SHAPE.N`) and one
 output per case and shape (`output.CASE.SHAPE`). Its metadata holds the cases as JSON (label, method, whether a base is
-given, number of models, parameters) and the versions that made them.
+given, number of models, parameters) and the versions that made them. `deviations` are inputs with which this project
+differs on purpose: inputs `deviation.CASE.N`, and `deviation.CASE.output` or, in the metadata, the name of the error.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.numpy import save_file
 
 SHAPES = {"matrix": (12, 16), "vector": (7,)}
 WEIGHTS = [0.5, 0.3, 0.2]
+KEYS = ("label", "method", "base", "models", "parameters")
 HALF = {"weight": WEIGHTS, "density": 0.5}
 
 
@@ -82,6 +84,29 @@ def cases() -> list[tuple[str, str, bool, int, dict[str, object]]]:
     ]
 
 
+def deviations() -> list[tuple[str, str, bool, list[np.ndarray], dict[str, object]]]:
+    """Return (label, method, whether the first input is the base, inputs, parameters)."""
+    zero, x, unit = np.zeros(4), np.array([1.0, 2.0, 3.0, 4.0]), np.eye(4)
+    angles = [np.array([np.cos(angle), np.sin(angle)]) for angle in (0, 2, 4)]
+    half = {"weight": 1.0, "density": 0.5}
+    return [
+        ("slerp-zero", "slerp", True, [zero, x], {"t": 0.3}),
+        ("nuslerp-zero", "nuslerp", False, [zero, x], {"weight": [0.7, 0.3]}),
+        ("multislerp-unchanged", "multislerp", True, [x, x, x, x], {"weight": WEIGHTS}),
+        ("multislerp-cancelling", "multislerp", False, [x, x + 1], {"weight": [1.0, -1.0]}),
+        ("linear-cancelling", "linear", False, [x, x + 1], {"weight": [1.0, -1.0]}),
+        ("karcher-small", "karcher", False, [1e-6 * unit[0], 1e-6 * unit[1]], {}),
+        ("model_stock-small", "model_stock", True, [zero, 3e-4 * (unit[0] + unit[1]), 3e-4 * unit[0]], {}),
+        ("model_stock-beyond", "model_stock", True, [np.zeros(2), *angles], {}),
+        ("della-one-entry", "della", True, [np.zeros(1), np.ones(1)], half),
+        ("della-column", "della", True, [np.zeros((3, 1)), np.ones((3, 1))], half),
+        ("della-scalar", "della", True, [np.zeros(()), np.ones(())], half),
+        ("sce-small", "sce", True, [zero, 1e-4 * unit[0], 2e-4 * unit[0], 4e-4 * unit[0]], {}),
+        ("nearswap-small", "nearswap", True, [x, x + 5e-7], {"t": 1e-7}),
+        ("ties-rescale-small", "ties", True, [zero, 1e-9 * x], {**half, "rescale": True}),
+    ]
+
+
 def inputs() -> dict[str, np.ndarray]:
     """Return a base and three models of each shape; the models share most of their changes."""
     generator = np.random.Generator(np.random.PCG64(2024))
@@ -95,25 +120,43 @@ def inputs() -> dict[str, np.ndarray]:
     return found
 
 
+def merged(
+    method: str, with_base: bool, tensors: list[np.ndarray], parameters: dict[str, object]
+) -> np.ndarray:  # fmt: skip
+    """Return what mergekit makes of the tensors in float64."""
+    output = merge_tensors(
+        [torch.from_numpy(np.array(tensor)) for tensor in tensors],
+        method,
+        parameters=parameters,
+        base_index=0 if with_base else None,
+        dtype=torch.float64,
+        out_dtype=torch.float64,
+    )
+    return np.array(output.numpy())
+
+
 def main() -> None:
     """Write the file that the command line names."""
     tensors = inputs()
     for label, method, with_base, count, parameters in cases():
         for shape in SHAPES:
             names = [f"input.{shape}.base"] * with_base + [f"input.{shape}.{model}" for model in range(count)]
-            output = merge_tensors(
-                [torch.from_numpy(tensors[name].copy()) for name in names],
-                method,
-                parameters=parameters,
-                base_index=0 if with_base else None,
-                dtype=torch.float64,
-                out_dtype=torch.float64,
-            )
-            tensors[f"output.{label}.{shape}"] = np.ascontiguousarray(output.numpy())
-    keys = ("label", "method", "base", "models", "parameters")
+            output = merged(method, with_base, [tensors[name] for name in names], parameters)
+            tensors[f"output.{label}.{shape}"] = output
+    different = []
+    for label, method, with_base, given, parameters in deviations():
+        error = None
+        try:
+            tensors[f"deviation.{label}.output"] = merged(method, with_base, given, parameters)
+        except (ValueError, RuntimeError, IndexError) as caught:
+            error = type(caught).__name__
+        tensors.update({f"deviation.{label}.{i}": np.array(tensor) for i, tensor in enumerate(given)})
+        values = (label, method, with_base, len(given) - with_base, parameters, error)
+        different.append(dict(zip((*KEYS, "error"), values, strict=True)))
     versions = {name: importlib.metadata.version(name) for name in ("mergekit", "torch", "numpy")}
     metadata = {
-        "cases": json.dumps([dict(zip(keys, case, strict=True)) for case in cases()]),
+        "cases": json.dumps([dict(zip(KEYS, case, strict=True)) for case in cases()]),
+        "deviations": json.dumps(different),
         "versions": json.dumps({"python": platform.python_version(), **versions}),
         "command": "python tests/golden/make_mergekit_golden.py tests/golden/mergekit.safetensors",
     }
