@@ -156,6 +156,7 @@ class Graftwork(Tool):
     def __init__(self, nice: int, work: Path, threads: int) -> None:
         super().__init__("graftwork", nice, work)
         self.threads = threads
+        self.environment["OMP_NUM_THREADS"] = str(threads)
 
     def command(self, recipe_file: Path, output: Path, seed: int | None) -> list[str]:
         """Return the command that merges `recipe_file` into `output`."""
@@ -616,7 +617,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=models.SIZES, default="160m")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--threads", type=int, default=1, help="threads of graftwork")
-    parser.add_argument("--repeat", type=int, default=1, help="runs per method; the cheapest counts")
+    parser.add_argument("--repeat", type=int, default=1, help="runs per method; the median beyond start-up counts")
     parser.add_argument("--nice", type=int, default=0, help="how much to lower the priority of the measured programs")
     parser.add_argument("--mergekit", type=Path, help="its virtual environment; by default one below the work folder")
     parser.add_argument("--skip-mergekit", action="store_true", help="use the figures stored by an earlier run")
