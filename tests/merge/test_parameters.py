@@ -189,7 +189,9 @@ def test_ranges():
 def test_words_get_a_suggestion():
     assert convert(WORD, "density") == "density"
     assert convert(WORD, 0) is False
-    with pytest.raises(ParameterProblem, match=r'one of true, false, "density", not "densty"; did you mean "density"\?'):
+    with pytest.raises(
+        ParameterProblem, match=r'one of true, false, "density", not "densty"; did you mean "density"\?'
+    ):
         convert(WORD, "densty")
 
 
