@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,17 +98,13 @@ def evaluate(
     if repeated:
         raise TaskError(f"cannot evaluate: two tasks are called {quoted(repeated[0])}; give them different names")
     named = checkpoints if isinstance(checkpoints, Mapping) else {_path(source): source for source in checkpoints}
-    evaluations = []
-    for name, source in named.items():
-        if isinstance(source, str | Path):
-            with Checkpoint.open(source) as opened:
-                modules = [fit(task, opened, name=name) for task in tasks]
-        else:
-            modules = [fit(task, source, name=name) for task in tasks]
-        for task, module in zip(tasks, modules, strict=True):
-            evaluations.append(_evaluate_one(name, task, module, split, device))
-            if progress is not None:
-                progress(evaluations[-1])
+    evaluations: list[Evaluation] = []
+    with _own_random_state(device):
+        for name, source in named.items():
+            for task, module in zip(tasks, _modules(name, source, tasks), strict=True):
+                evaluations.append(_evaluate_one(name, task, module, split, device))
+                if progress is not None:
+                    progress(evaluations[-1])
     return evaluations
 
 
@@ -134,6 +131,22 @@ def _path(source: Checkpoint | Path | str) -> str:
     return str(source.path) if isinstance(source, Checkpoint) else str(source)
 
 
+def _modules(name: str, source: Source, tasks: Sequence[Task]) -> list[nn.Module]:
+    """Return each task's model with the values of one checkpoint, which is open no longer than this takes."""
+    if isinstance(source, str | Path):
+        with Checkpoint.open(source) as opened:
+            return [fit(task, opened, name=name) for task in tasks]
+    return [fit(task, source, name=name) for task in tasks]
+
+
+@contextlib.contextmanager
+def _own_random_state(device: str) -> Iterator[None]:
+    import torch
+
+    with torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
+        yield
+
+
 def _evaluate_one(name: str, task: Task, module: nn.Module, split: Split, device: str) -> Evaluation:
     import torch
 
@@ -142,8 +155,8 @@ def _evaluate_one(name: str, task: Task, module: nn.Module, split: Split, device
     totals = _Totals()
     started = time.perf_counter()
     # A model that draws random numbers even in evaluation mode draws the same ones each time.
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(0)
+    torch.manual_seed(0)
+    with torch.inference_mode():
         module.to(device).eval()
         try:
             for number, batch in enumerate(batches()):
