@@ -1,0 +1,1 @@
+"""Ready-made tasks on real data, small enough for a laptop."""
