@@ -484,18 +484,15 @@ def _module(source: str, key: str) -> ModuleType:
                 handle.write(source)
             os.replace(handle.name, path)
     except OSError:  # an unwritable home: compile without a cache
-        path = None
-    if path is None:
         module = ModuleType(name)
-        exec(compile(source, name, "exec"), module.__dict__)
-        module.__dict__["CACHED"] = False
+        exec(compile(source.replace("cache=True", "cache=False"), name, "exec"), module.__dict__)
         return module
     specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # what numba has cached refers to its module by name
     specification.loader.exec_module(module)
-    module.__dict__["CACHED"] = True
     return module
 
 
