@@ -10,6 +10,7 @@ The 1,797 images of 8 × 8 pixels come with scikit-learn; nothing is downloaded.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from types import MappingProxyType
@@ -200,10 +201,7 @@ def _train(
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    threads = torch.get_num_threads()
-    # Matrices this small gain nothing from a second thread, and one thread adds in one order.
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         network.train()
         for _ in range(steps):
             chosen = torch.randint(len(images), (64,), generator=generator)
@@ -215,6 +213,15 @@ def _train(
             optimiser.step()
             schedule.step()
         network.eval()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread: matrices this small only lose by a second, and one adds in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 
