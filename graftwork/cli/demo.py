@@ -61,7 +61,7 @@ SETTINGS: Mapping[str, Parameters] = MappingProxyType(
 )
 """Parameters of each method: round values near the best of a coarse grid on the validation split, not tuned further.
 
-The table shows the test split. The guises and the training recipe were settled while looking at both, so the table shows
+The table shows the test split. The guises and the training recipe were settled while looking at both, so it shows
 what merging does to these models; it does not rank the methods in general.
 """
 
