@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,8 +71,25 @@ class MergeResult:
     notes: list[str] = field(default_factory=list)
 
 
-Observer = Callable[[Plan, int], Callable[[int], None]]
-"""Called with a plan and the bytes that will pass before work begins; returns what counts bytes."""
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What is about to be done.
+
+    Args:
+        plan: The plan.
+        size: Bytes that will pass, reading and writing.
+        size_done: Those of tensors that an earlier, interrupted run has finished.
+        tensors_done: Number of these tensors.
+    """
+
+    plan: Plan
+    size: int
+    size_done: int = 0
+    tensors_done: int = 0
+
+
+Observer = Callable[[Start], Callable[[int], None]]
+"""Called before the work on a plan begins; returns what counts bytes."""
 
 
 def merge(
@@ -133,6 +150,11 @@ def merge(
     return result
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _fields(settings: Settings) -> dict[str, object]:
     return {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
 
@@ -158,7 +180,7 @@ def _carry_out(
     plan: Plan, out: Path, file: RecipeFile, settings: Settings, progress: Observer | None, *, force: bool
 ) -> MergeResult:
     start = time.monotonic()
-    threads = settings.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    threads = settings.threads or usable_cores()
     digest = plan.digest()
     writer = CheckpointWriter(
         out,
@@ -171,12 +193,7 @@ def _carry_out(
     )
     try:
         steps = [step for step in plan.steps if step.name not in writer.resumed]
-        done = sum(step.elements for step in plan.steps) - sum(step.elements for step in steps)
-        count = progress(plan, plan.bytes_read + plan.bytes_written) if progress else (lambda size: None)
-        if done:
-            finished = [step for step in plan.steps if step.name in writer.resumed]
-            sizes = {tensor.name: tensor.size for tensor in plan.outputs}
-            count(sum(item.entry.size for step in finished for item in step.inputs) + sum(sizes[s.name] for s in finished))
+        count = progress(_start(plan, writer.resumed)) if progress else (lambda size: None)
         engine = _engine(plan, writer, threads, settings.device, count)
         engine.run(steps)
         inputs = {**writer.input_digests, **engine.digest_only(plan.unread)}
@@ -199,6 +216,13 @@ def _carry_out(
         raise
     notes = [f"{step.name}: {note}" for step in plan.merged for note in step.notes]
     return MergeResult(out, plan, output, time.monotonic() - start, len(writer.resumed), notes)
+
+
+def _start(plan: Plan, resumed: Collection[str]) -> Start:
+    finished = [step for step in plan.steps if step.name in resumed]
+    done = sum(item.entry.size for step in finished for item in step.inputs)
+    done += sum(tensor.size for tensor in plan.outputs if tensor.name in resumed)
+    return Start(plan, plan.bytes_read + plan.bytes_written, done, len(finished))
 
 
 def _engine(plan: Plan, writer: CheckpointWriter, threads: int, device: str, progress: Callable[[int], None]) -> Engine:
@@ -239,4 +263,4 @@ def _files(
     return files
 
 
-__all__ = ["Input", "Interrupted", "MergeResult", "Options", "Settings", "merge", "tensor_digest"]
+__all__ = ["Input", "Interrupted", "MergeResult", "Options", "Settings", "Start", "merge", "tensor_digest"]

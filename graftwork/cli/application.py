@@ -1,0 +1,50 @@
+"""All commands under one name. Nothing here imports more than typer: `--help` has to be instant."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from graftwork.cli.merge import merge
+
+app = typer.Typer(
+    name="graftwork",
+    # Plain help: it can be searched with grep, is as wide as the terminal, and costs no import of rich.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Merge trained checkpoints into one model.",
+    epilog="Data goes to stdout, all else to stderr. Exit codes: 0 done, 1 something to put right, 2 wrong usage.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from graftwork import __version__
+
+        print(f"graftwork {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(merge)
+
+
+def run() -> None:
+    """Run the command line with the arguments of this process."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding lacks is shown as an escape; it must not end the program.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    app(prog_name="graftwork")
