@@ -905,22 +905,27 @@ def load_numpy(checkpoint: Checkpoint) -> dict[str, np.ndarray[Any, np.dtype[Any
     """Return every tensor as an array; bf16 and fp8, which numpy lacks, are widened to float32 (exactly)."""
     arrays: dict[str, np.ndarray[Any, np.dtype[Any]]] = {}
     for name, entry in checkpoint.tensors.items():
-        data = checkpoint.read(name)
-        if entry.dtype in _NUMPY:
-            values: np.ndarray[Any, np.dtype[Any]] = np.frombuffer(data, _NUMPY[entry.dtype])
-        elif entry.dtype == "BF16":
-            values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-        elif entry.dtype == "F8_E5M2":
-            values = (np.frombuffer(data, "u1").astype(np.uint16) << 8).view(np.float16).astype(np.float32)
-        elif entry.dtype == "F8_E4M3":
-            values = _e4m3_values()[np.frombuffer(data, "u1")]
-        else:
+        values = numpy_values(entry.dtype, checkpoint.read(name))
+        if values is None:
             raise CheckpointError(
                 f"cannot load {quoted(name)} from {quoted(checkpoint.path)}: numpy has no dtype for {entry.dtype}; "
                 "read its bytes instead"
             )
         arrays[name] = values.reshape(entry.shape)
     return arrays
+
+
+def numpy_values(dtype: str, data: bytes | bytearray | memoryview) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """Return bytes as values, bf16 and fp8 widened to float32; None if numpy cannot hold the dtype."""
+    if dtype in _NUMPY:
+        return np.frombuffer(data, _NUMPY[dtype])
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F8_E5M2":
+        return (np.frombuffer(data, "u1").astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+    if dtype == "F8_E4M3":
+        return _e4m3_values()[np.frombuffer(data, "u1")]
+    return None
 
 
 def load_torch(checkpoint: Checkpoint) -> dict[str, Tensor]:

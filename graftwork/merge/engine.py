@@ -21,7 +21,6 @@ from graftwork.merge import dtypes
 from graftwork.merge.checkpoint import BLOCK, TensorEntry, tensor_digest
 from graftwork.merge.errors import DataError
 from graftwork.merge.passes import (
-    NOTHING,
     Apply,
     ApplyMatrix,
     ApplyRows,
@@ -31,7 +30,9 @@ from graftwork.merge.passes import (
     PerElement,
     RowTable,
     Select,
+    Streams,
     Sums,
+    nothing,
 )
 
 SPAN = 4 * BLOCK
@@ -47,11 +48,14 @@ _STRIP = 16_384
 _ROW_VALUES = 1 << 20
 """Values that a function over rows gets at a time, at least one slice."""
 
-_WINDOW_BITS = 17
-"""A selection's histogram has 2^17 bins."""
+_WINDOW_BITS = 19
+"""A selection's histogram has up to 2^19 bins."""
 
 _SAMPLE = 65_536
-"""Keys drawn to guess where a selection's cut lies; the guess only saves a pass."""
+"""Keys looked at to guess where a selection's cut lies; the guess only saves passes."""
+
+_RUN = 4_096
+"""Keys of the sample that lie side by side."""
 
 Array = np.ndarray[Any, Any]
 
@@ -155,6 +159,22 @@ class _Bound:
     values: tuple[Any, ...]
     elementwise: tuple[str, ...]
     makers: tuple[PerElement, ...]
+    streams: str
+    keys: tuple[Any, ...]
+    borders: tuple[int, ...]
+
+    def at(self, start: int) -> tuple[Any, ...]:
+        """Return the values for elements from `start` on, up to the next border."""
+        if not self.borders:
+            return self.values
+        return tuple(
+            value.threshold(start)
+            if isinstance(value, Cut)
+            else tuple(cut.threshold(start) for cut in value)
+            if isinstance(value, tuple) and isinstance(value[0], Cut)
+            else value
+            for value in self.values
+        )
 
 
 def _bind(parameters: Mapping[str, Any], precision: str) -> _Bound:
@@ -163,23 +183,49 @@ def _bind(parameters: Mapping[str, Any], precision: str) -> _Bound:
     literals: list[tuple[str, Any]] = []
     values: list[Any] = []
     makers: dict[str, PerElement] = {}
+    streams, keys = "", ()
+    borders: set[int] = set()
+
+    def typed(value: Any) -> Any:
+        if isinstance(value, np.generic | Cut):
+            return value
+        return np.int64(value) if isinstance(value, int) else number(value)
+
     for name, value in parameters.items():
         if isinstance(value, bool | str):
             literals.append((name, value))
         elif isinstance(value, PerElement):
             makers[name] = value
-        elif isinstance(value, tuple):
-            floating = not all(isinstance(item, int) for item in value)
-            specification.append((name, len(value), floating))
-            values.append(tuple(number(item) if floating else np.int64(item) for item in value))
+        elif isinstance(value, Streams):
+            streams, keys = name, tuple(np.uint64(key) for key in value.keys)
         elif isinstance(value, np.ndarray):
             specification.append((name, 0, True))
             values.append(value)
+        elif isinstance(value, tuple):
+            whole = all(isinstance(item, int) for item in value)
+            specification.append((name, len(value), not whole))
+            items = tuple(typed(item) if whole or isinstance(item, np.generic | Cut) else number(item) for item in value)
+            borders.update(item.index + 1 for item in items if isinstance(item, Cut))
+            values.append(items)
         else:
-            floating = not isinstance(value, int)
-            specification.append((name, 0, floating))
-            values.append(number(value) if floating else np.int64(value))
-    return _Bound(tuple(specification), tuple(literals), tuple(values), tuple(makers), tuple(makers.values()))
+            specification.append((name, 0, not isinstance(value, int)))
+            values.append(typed(value))
+            if isinstance(value, Cut):
+                borders.add(value.index + 1)
+    ordered = tuple(sorted(borders))
+    bound = _Bound(
+        tuple(specification), tuple(literals), tuple(values), tuple(makers), tuple(makers.values()), streams, keys, ordered
+    )
+    return bound
+
+
+def _parts(start: int, stop: int, borders: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) cut at the borders within it."""
+    for border in borders:
+        if start < border < stop:
+            yield start, border
+            start = border
+    yield start, stop
 
 
 class Engine:
@@ -618,13 +664,14 @@ class Engine:
         """Return the float64 sums of every block of a tensor."""
         formula = request.vectors if reducer == "gram" else request.terms
         evaluate = self._reducer(step, formula, request.parameters, reducer, terms, request.each)
+        ones = np.ones(_kernels().STRIP)
 
         def reduce(number: int) -> list[Array]:
             first, last = number * self.span, min(step.elements, (number + 1) * self.span)
             sums = []
             for start, stop, slices in self._pieces(step, first, last, evaluate.makers):
-                lanes = np.zeros((width, 32))
-                if evaluate(slices, start, lanes):
+                lanes = np.zeros((width, _kernels().LANES))
+                if evaluate(slices, start, (lanes, ones)):
                     self._refuse_input(step, start, stop)
                 sums.append(lanes.sum(1))
             return sums
@@ -632,9 +679,17 @@ class Engine:
         return [block for part in self._map(reduce, -(-step.elements // self.span), parallel) for block in part]
 
     def _reducer(
-        self, step: Step, formula: Any, parameters: Mapping[str, Any], reducer: str, terms: int, each: bool
+        self,
+        step: Step,
+        formula: Any,
+        parameters: Mapping[str, Any],
+        reducer: str,
+        terms: int,
+        each: bool,
+        dtype: Any = np.float64,
     ) -> _Reducer:
-        return _Reducer(step, formula, _bind(parameters, "float64"), reducer, terms, each, self.buffers, fuse=self.fuse)
+        bound = _bind(parameters, "float64")
+        return _Reducer(step, formula, bound, reducer, terms, each, self.buffers, dtype, fuse=self.fuse)
 
     def _row_table(self, step: Step, request: RowTable, parallel: bool) -> Array:
         columns = step.shape[-1] if step.shape else 1
@@ -666,7 +721,10 @@ class Engine:
 
 
 class _Selection:
-    """Finds exact cuts by histograms of ever narrower windows of keys; the first window is guessed from a sample."""
+    """Finds exact cuts by histograms of ever narrower windows of keys; the first window is guessed from a sample.
+
+    A score's key is its bits as an integer, which orders non-negative numbers.
+    """
 
     def __init__(self, engine: Engine, asked: list[tuple[Step, Any]], parallel: bool) -> None:
         self.engine = engine
@@ -675,41 +733,44 @@ class _Selection:
         self.request: Select = asked[0][1]
         self.terms = len(self.request.ranks)
         self.total = sum(step.elements for step, _ in asked)
-        self.key_bits = 63 if any(step.wide for step, _ in asked) or self._is_wide() else 31
+        self.dtype = np.dtype(np.float64 if self.request.wide else np.float32)
+        self.key_dtype = np.dtype(np.int64 if self.request.wide else np.int32)
+        self.largest = int(np.array(np.inf, self.dtype).view(self.key_dtype))
         self.spans = [
             (number, first, min(step.elements, first + engine.span))
             for number, (step, _) in enumerate(asked)
             for first in range(0, step.elements, engine.span)
         ]
 
-    def _is_wide(self) -> bool:
-        return "table" in self.request.parameters
-
     def cuts(self) -> tuple[tuple[Cut, ...], ...]:
         """Return the cuts that were asked for."""
         if self.total <= self.engine.span:
             keys = self._collect([(number, first, last - first) for number, first, last in self.spans])
             return tuple(
-                tuple(_cut_of(keys[row], rank) for rank in ranks) for row, ranks in enumerate(self.request.ranks)
+                tuple(self._cut(*_rank(keys[row], rank)) if rank > 0 else nothing(self.request.wide) for rank in ranks)
+                for row, ranks in enumerate(self.request.ranks)
             )
         wanted = [(row, rank) for row, ranks in enumerate(self.request.ranks) for rank in ranks if rank > 0]
-        found = self._search(wanted) if wanted else {}
+        found = self._settle(self._search(list(dict.fromkeys(wanted)))) if wanted else {}
         return tuple(
-            tuple(found[row, rank] if rank > 0 else NOTHING for rank in ranks)
+            tuple(self._cut(*found[row, rank]) if rank > 0 else nothing(self.request.wide) for rank in ranks)
             for row, ranks in enumerate(self.request.ranks)
         )
 
+    def _cut(self, key: int, index: int) -> Cut:
+        return Cut(float(np.array(key, self.key_dtype).view(self.dtype)), index, self.request.wide)
+
     def _evaluator(self, number: int, reducer: str) -> _Reducer:
         step, own = self.asked[number]
-        return self.engine._reducer(step, own.keys, own.parameters, reducer, self.terms, own.each)
+        return self.engine._reducer(step, own.scores, own.parameters, reducer, self.terms, own.each, self.dtype)
 
     def _collect(self, pieces: Sequence[tuple[int, int, int]]) -> Array:
         """Return the keys of pieces (step, first element, count) as an array (scores, count in all)."""
-        keys = np.empty((self.terms, sum(count for _, _, count in pieces)), np.int64)
+        keys = np.empty((self.terms, sum(count for _, _, count in pieces)), self.key_dtype)
         filled = 0
+        evaluators = {number: self._evaluator(number, "collect") for number, _, _ in pieces}
         for number, first, count in pieces:
-            step = self.asked[number][0]
-            evaluate = self._evaluator(number, "collect")
+            step, evaluate = self.asked[number][0], evaluators[number]
             for start, stop, slices in self.engine._pieces(step, first, first + count, evaluate.makers):
                 target = keys[:, filled : filled + stop - start]
                 if evaluate(slices, start, (target, step.offset + start)):
@@ -718,132 +779,117 @@ class _Selection:
         return keys
 
     def _sampled(self) -> Array:
-        """Return the keys of runs spread evenly over the tensors."""
-        run = 1024
+        """Return the sorted keys of runs spread evenly over the tensors."""
         pieces = []
         for number, (step, _) in enumerate(self.asked):
-            runs = min(max(1, round(_SAMPLE / run * step.elements / self.total)), max(1, step.elements // run))
+            runs = max(1, round(_SAMPLE / _RUN * step.elements / self.total))
+            runs = min(runs, max(1, step.elements // _RUN))
             for position in range(runs):
                 first = position * step.elements // runs
-                pieces.append((number, first, min(run, step.elements - first)))
-        return self._collect(pieces)
+                pieces.append((number, first, min(_RUN, step.elements - first)))
+        keys = self._collect(pieces)
+        keys.sort(axis=1)
+        return keys
 
-    def _search(self, wanted: list[tuple[int, int]]) -> dict[tuple[int, int], Cut]:
-        sample = np.sort(self._sampled(), axis=1)
+    def _search(self, wanted: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[int, int, int]]:
+        """Return, for each (score, rank), the key of that rank, how many equal to it are admitted, and how many are."""
+        sample = self._sampled()
         size = sample.shape[1]
-        windows: list[tuple[int, int]] = []  # inclusive ranges of keys
+        windows: dict[tuple[int, int], tuple[int, int]] = {}  # first key, and the one behind the last
         for row, rank in wanted:
             share = 1 - rank / self.total
             slack = 6 * math.sqrt(share * (1 - share) / size) + 2 / size
-            low = int(sample[row, max(0, math.floor((share - slack) * size))]) if share > slack else 0
-            high = int(sample[row, min(size - 1, math.ceil((share + slack) * size))])
-            if share + slack >= 1:
-                high = (1 << self.key_bits) - 1
-            windows.append((low, high))
-        keys: dict[tuple[int, int], tuple[int, int, int]] = {}
-        active = list(range(len(wanted)))
-        while active:
-            lows = [windows[number][0] for number in active]
-            shifts = [max(0, (windows[number][1] - windows[number][0]).bit_length() - _WINDOW_BITS) for number in active]
-            counts = self._histogram([wanted[number][0] for number in active], lows, shifts)
-            remaining = []
-            for position, number in enumerate(active):
-                row, rank = wanted[number]
-                table = counts[position]
-                descending = np.cumsum(table[::-1])
-                place = int(np.searchsorted(descending, rank))  # first bin from the top that reaches the rank
-                bin_ = len(table) - 1 - place
-                if bin_ in (0, len(table) - 1):  # the guess missed
-                    windows[number] = (0, lows[position] - 1) if bin_ == 0 else (
-                        lows[position] + ((len(table) - 2) << shifts[position]), (1 << self.key_bits) - 1
-                    )  # fmt: skip
-                    remaining.append(number)
-                    continue
-                low = lows[position] + ((bin_ - 1) << shifts[position])
-                if shifts[position]:
-                    windows[number] = (low, low + (1 << shifts[position]) - 1)
-                    remaining.append(number)
+            low = int(sample[row, math.floor((share - slack) * size)]) if share > slack else 0
+            place = math.ceil((share + slack) * size)
+            high = int(sample[row, place]) + 1 if place < size else self.largest + 1
+            windows[row, rank] = (low, high)
+        found: dict[tuple[int, int], tuple[int, int, int]] = {}
+        while windows:
+            places = list(windows)
+            shifts = [max(0, (high - low - 1).bit_length() - _WINDOW_BITS) for low, high in windows.values()]
+            above, counts = self._histogram([row for row, _ in places], list(windows.values()), shifts)
+            for position, place in enumerate(places):
+                low, high = windows.pop(place)
+                rank = place[1] - int(above[position])
+                from_top = np.cumsum(counts[position][::-1])
+                if rank <= 0:  # the guess was too low
+                    windows[place] = (high, self.largest + 1)
+                elif rank > int(from_top[-1]):  # it was too high
+                    windows[place] = (0, low)
                 else:
-                    above = int(descending[place]) - int(table[bin_])
-                    keys[row, rank] = (low, rank - above, int(table[bin_]))
-            active = remaining
-        return self._settle(keys)
+                    steps = int(np.searchsorted(from_top, rank))
+                    bin_ = from_top.size - 1 - steps
+                    first = low + (bin_ << shifts[position])
+                    if shifts[position]:
+                        windows[place] = (first, min(high, first + (1 << shifts[position])))
+                    else:
+                        equal = int(counts[position][bin_])
+                        found[place] = (first, rank - (int(from_top[steps]) - equal), equal)
+        return found
 
-    def _settle(self, keys: dict[tuple[int, int], tuple[int, int, int]]) -> dict[tuple[int, int], Cut]:
-        """Return the cuts, having found the last admitted element among equals."""
-        cuts = {}
-        open_: list[tuple[tuple[int, int], int, int]] = []
-        for place, (key, needed, equal) in keys.items():
-            if needed == equal:
-                cuts[place] = Cut(key, self.total - 1)
-            else:
-                open_.append((place, key, needed))
-        seen = dict.fromkeys((place for place, _, _ in open_), 0)
+    def _settle(self, keys: dict[tuple[int, int], tuple[int, int, int]]) -> dict[tuple[int, int], tuple[int, int]]:
+        """Return (key, index of the last admitted element) for each cut."""
+        cuts = {place: (key, self.total - 1) for place, (key, needed, equal) in keys.items() if needed == equal}
+        open_ = {place: (key, needed) for place, (key, needed, equal) in keys.items() if needed < equal}
         position = 0
-        stride = max(1, 4 * self.engine.threads)
+        stride = 4 * self.engine.threads
         while open_:
             batch = self.spans[position : position + stride]
-            assert batch, "an element among equals was counted but not found"
-            rows = [place[0] for place, _, _ in open_]
-            targets = [key for _, key, _ in open_]
-            counted = self._over(batch, "equals", lambda: np.zeros(len(open_), np.int64), rows, targets)
-            still = []
-            for column, (place, key, needed) in enumerate(open_):
-                for span, counts in zip(batch, counted, strict=True):
-                    if seen[place] + counts[column] >= needed:
-                        index = self._find(span, place[0], key, needed - seen[place])
-                        cuts[place] = Cut(key, index)
-                        break
-                    seen[place] += int(counts[column])
-                else:
-                    still.append((place, key, needed))
-            open_ = still
+            rows = np.array([place[0] for place in open_])
+            targets = np.array([key for key, _ in open_.values()])
+
+            def count(number: int, batch: Any = batch, rows: Any = rows, targets: Any = targets) -> Array:
+                counts = np.zeros(rows.size, np.int64)
+                self._over_span(batch[number], "equals", (counts, rows, targets))
+                return counts
+
+            counted = np.array(self.engine._map(count, len(batch), self.parallel))
+            for column, (place, (key, needed)) in enumerate(list(open_.items())):
+                seen = np.cumsum(counted[:, column])
+                if needed > seen[-1]:
+                    open_[place] = (key, needed - int(seen[-1]))
+                    continue
+                number = int(np.searchsorted(seen, needed))
+                before = int(seen[number - 1]) if number else 0
+                cuts[place] = (key, self._find(batch[number], place[0], key, needed - before))
+                del open_[place]
             position += stride
         return cuts
 
     def _find(self, span: tuple[int, int, int], row: int, key: int, needed: int) -> int:
+        """Return the index of the n-th element of a span that has this key."""
         found = np.full(1, -1, np.int64)
         counts = np.zeros(1, np.int64)
         state = (counts, found, np.array([row]), np.array([key]), np.array([needed]))
         self._over_span(span, "find", state)
         return int(found[0])
 
-    def _histogram(self, rows: list[int], lows: list[int], shifts: list[int]) -> Array:
-        total = np.zeros((len(rows), (1 << _WINDOW_BITS) + 2), np.int64)
+    def _histogram(self, rows: list[int], windows: list[tuple[int, int]], shifts: list[int]) -> tuple[Array, Array]:
+        """Return how many keys lie above each window, and the counts of its bins."""
+        lows = np.array([low for low, _ in windows])
+        widths = np.array([high - low for low, high in windows])
+        bins = max((high - low - 1 >> shift) + 1 for (low, high), shift in zip(windows, shifts, strict=True))
+        above = np.zeros(len(rows), np.int64)
+        total = np.zeros((len(rows), bins), np.int64)
         lock = threading.Lock()
-        engine = self.engine
         queue = iter(self.spans)
 
         def work(number: int) -> None:
-            counts = np.zeros_like(total)
-            state = (counts, np.array(rows), np.array(lows), np.array(shifts))
+            own_above, own = np.zeros_like(above), np.zeros_like(total)
+            state = (own, own_above, np.array(rows), lows, widths, np.array(shifts))
             while True:
                 with lock:
                     span = next(queue, None)
                 if span is None:
                     break
-                engine._check_stop()
+                self.engine._check_stop()
                 self._over_span(span, "histogram", state)
             with lock:
-                total.__iadd__(counts)
+                np.add(total, own, out=total)
+                np.add(above, own_above, out=above)
 
-        engine._map(work, engine.threads if self.parallel else 1, self.parallel)
-        return total
-
-    def _over(
-        self,
-        spans: Sequence[tuple[int, int, int]],
-        reducer: str,
-        make: Callable[[], Array],
-        rows: list[int],
-        targets: list[int],
-    ) -> list[Array]:
-        def work(number: int) -> Array:
-            counts = make()
-            self._over_span(spans[number], reducer, (counts, np.array(rows), np.array(targets)))
-            return counts
-
-        return self.engine._map(work, len(spans), self.parallel)
+        self.engine._map(work, self.engine.threads if self.parallel else 1, self.parallel)
+        return above, total
 
     def _over_span(self, span: tuple[int, int, int], reducer: str, state: Any) -> None:
         number, first, last = span
@@ -854,13 +900,12 @@ class _Selection:
                 self.engine._refuse_input(step, start, stop)
 
 
-def _cut_of(keys: Array, rank: int) -> Cut:
-    if rank <= 0:
-        return NOTHING
+def _rank(keys: Array, rank: int) -> tuple[int, int]:
+    """Return the key of this rank from the top, and the index of the last admitted element that has it."""
     size = keys.size
     key = int(np.partition(keys, size - rank)[size - rank])
     needed = rank - int((keys > key).sum())
-    return Cut(key, int(np.flatnonzero(keys == key)[needed - 1]))
+    return key, int(np.flatnonzero(keys == key)[needed - 1])
 
 
 class _Evaluator:
@@ -868,9 +913,9 @@ class _Evaluator:
 
     def __init__(self, step: Step, formula: Any, bound: _Bound, precision: str, buffers: _Buffers, *, fuse: bool) -> None:
         self.makers = bound.makers
+        self.bound = bound
         self.buffers = buffers
         self.precision = np.dtype(precision)
-        self.values = bound.values
         self.offset = step.offset
         words = {item.entry.dtype for item in step.inputs} | {step.dtype}
         self.fused = (fuse and len(words) == 1) or words <= {"F64" if precision == "float64" else "F32"}
@@ -882,26 +927,38 @@ class _Evaluator:
             bound.specification,
             bound.literals,
             elementwise=bound.elementwise,
+            streams=bound.streams,
         )
 
     def __call__(self, slices: tuple[list[Array], list[Array]], start: int, words: Array) -> int:
+        """Write the output words of the elements from `start` on; return the kernel's flags."""
         inputs, columns = slices
+        first = start + self.offset
         if self.fused:
-            return int(self.kernel(*inputs, *columns, start + self.offset, *self.values, words))
+            return self._run([*inputs, *columns], first, words)
         flags = 0
         kernels = _kernels()
         result = self.buffers.get("result", 0, _STRIP, self.precision)
-        for first in range(0, words.size, _STRIP):
-            last = min(words.size, first + _STRIP)
+        for low in range(0, words.size, _STRIP):
+            high = min(words.size, low + _STRIP)
             decoded = []
             for number, item in enumerate(inputs):
-                values = self.buffers.get("decoded", number, last - first, self.precision)
-                flags |= kernels.decode(item[first:last], values)
+                values = self.buffers.get("decoded", number, high - low, self.precision)
+                flags |= kernels.decode(item[low:high], values)
                 decoded.append(values)
-            pieces = [column[first:last] for column in columns]
-            part = result[: last - first]
-            self.kernel(*decoded, *pieces, start + first + self.offset, *self.values, part)
-            flags |= kernels.encode(part, words[first:last])
+            part = result[: high - low]
+            self._run([*decoded, *(column[low:high] for column in columns)], first + low, part)
+            flags |= kernels.encode(part, words[low:high])
+        return flags
+
+    def _run(self, arrays: list[Array], start: int, output: Array) -> int:
+        extra = _extra(self.bound, self.buffers)
+        if not self.bound.borders:
+            return int(self.kernel(*arrays, start, *self.bound.values, *extra, output))
+        flags = 0
+        for low, high in _parts(start, start + output.size, self.bound.borders):
+            pieces = [array[low - start : high - start] for array in arrays]
+            flags |= self.kernel(*pieces, low, *self.bound.at(low), *extra, output[low - start : high - start])
         return flags
 
 
@@ -909,14 +966,26 @@ class _Reducer:
     """Calls the kernel of a formula whose values are reduced."""
 
     def __init__(
-        self, step: Step, formula: Any, bound: _Bound, reducer: str, terms: int, each: bool, buffers: _Buffers, *, fuse: bool
+        self,
+        step: Step,
+        formula: Any,
+        bound: _Bound,
+        reducer: str,
+        terms: int,
+        each: bool,
+        buffers: _Buffers,
+        dtype: Any,
+        *,
+        fuse: bool,
     ) -> None:
         self.makers = bound.makers
+        self.bound = bound
         self.buffers = buffers
-        self.values = bound.values
         self.offset = step.offset
         self.terms = terms
-        self.scratch = np.float64 if reducer in {"sums", "gram"} else np.int64
+        self.scratch = np.dtype(dtype)
+        self.sums = reducer in {"sums", "gram"}
+        self.keys = np.dtype(np.int32 if self.scratch == np.float32 else np.int64)
         words = {item.entry.dtype for item in step.inputs}
         self.fused = (fuse and len(words) == 1) or words <= {"F32"} or words <= {"F64"}
         self.wide = np.float64 if step.wide else np.float32
@@ -931,26 +1000,44 @@ class _Reducer:
             terms,
             each,
             bound.elementwise,
+            bound.streams,
         )
 
     def __call__(self, slices: tuple[list[Array], list[Array]], start: int, state: Any) -> int:
+        """Reduce the elements from `start` on into `state`; return 1 if an input is not finite."""
         inputs, columns = slices
-        kernels = _kernels()
-        strip = self.buffers.get("strip", 0, self.terms * kernels.STRIP, self.scratch).reshape(self.terms, -1)
+        first = start + self.offset
         if self.fused:
-            return int(self.kernel(*inputs, *columns, start + self.offset, *self.values, strip, state))
+            return self._run([*inputs, *columns], first, state)
         flags = 0
         size = inputs[0].size
-        for first in range(0, size, _STRIP):
-            last = min(size, first + _STRIP)
+        for low in range(0, size, _STRIP):
+            high = min(size, low + _STRIP)
             decoded = []
             for number, item in enumerate(inputs):
-                values = self.buffers.get("decoded", number, last - first, self.wide)
-                flags |= kernels.decode(item[first:last], values)
+                values = self.buffers.get("decoded", number, high - low, self.wide)
+                flags |= _kernels().decode(item[low:high], values)
                 decoded.append(values)
-            pieces = [column[first:last] for column in columns]
-            flags |= self.kernel(*decoded, *pieces, start + first + self.offset, *self.values, strip, state)
+            flags |= self._run([*decoded, *(column[low:high] for column in columns)], first + low, state)
         return flags
+
+    def _run(self, arrays: list[Array], start: int, state: Any) -> int:
+        strip = self.buffers.get("strip", 0, self.terms * _kernels().STRIP, self.scratch).reshape(self.terms, -1)
+        keys = strip if self.sums else strip.view(self.keys)
+        extra = _extra(self.bound, self.buffers)
+        flags = 0
+        for low, high in _parts(start, start + arrays[0].size, self.bound.borders):
+            pieces = [array[low - start : high - start] for array in arrays] if self.bound.borders else arrays
+            flags |= self.kernel(*pieces, low, *self.bound.at(low), *extra, strip, keys, state)
+        return flags
+
+
+def _extra(bound: _Bound, buffers: _Buffers) -> tuple[Any, ...]:
+    """Return what a kernel with random words needs besides: the keys, and room for a strip of words."""
+    if not bound.streams:
+        return ()
+    count = len(bound.keys)
+    return bound.keys, buffers.get("draws", 0, count * (_kernels().STRIP // 2), np.uint64).reshape(count, -1)
 
 
 def _kernels() -> Any:

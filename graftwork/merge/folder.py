@@ -127,10 +127,11 @@ def _is_ours(folder: Path, name: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json of the output
 
-_LAYER_KEYS = (
+LAYER_KEYS = (
     "num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers",
     "num_decoder_layers", "depth",
 )  # fmt: skip
+"""Keys of `config.json` that hold the number of layers."""
 _LAYER_INDEX_LISTS = (
     "mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices",
     "kv_source_layers",
@@ -390,7 +391,7 @@ def _layers_key(
     found = [
         (place, key, level[key])
         for place, level in levels.items()
-        for key in _LAYER_KEYS
+        for key in LAYER_KEYS
         if type(level.get(key)) is int and (stack_count is None or level[key] == stack_count)
     ]
     at_root = [match for match in found if match[0] == ""]
@@ -402,7 +403,7 @@ def _layers_key(
         present = [
             f"{place}{key} = {shown(level[key])}"
             for place, level in levels.items()
-            for key in _LAYER_KEYS
+            for key in LAYER_KEYS
             if key in level
         ]
         seen = f" (there is {', '.join(present)})" if present else ""
@@ -487,7 +488,7 @@ _ERRORS = frozenset(
 )  # fmt: skip
 _FROM_HEADERS = frozenset(
     {"hidden_size", "intermediate_size", "n_inner", "ffn_dim", "vocab_size", "attention_bias", "mlp_bias", "bias",
-     "qkv_bias", "use_bias", *_LAYER_KEYS}
+     "qkv_bias", "use_bias", *LAYER_KEYS}
 )  # fmt: skip
 """What shapes and names of tensors show anyway; it is reported there and not twice."""
 _SILENT = frozenset(

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 from numba import njit, types
@@ -30,6 +31,9 @@ BLOCK = 65_536
 
 STRIP = 2_048
 """Elements a reducing kernel evaluates into scratch memory at a time; small enough for the first-level cache."""
+
+# Loops over many arrays are vectorised only if the compiler may check more pairs of them for overlap than by default.
+llvmlite.binding.set_option("graftwork", "-runtime-memory-check-threshold=256")
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
 
@@ -240,45 +244,20 @@ def _maximum(value: Any, bound: Any) -> Any:
     return lambda value, bound: kind(bound) if bound > value else value
 
 
-@overload(vocabulary.drawn, strict=False)
-def _drawn(key: Any, index: Any, threshold: Any) -> Any:
-    def draw(key: Any, index: Any, threshold: Any) -> Any:
-        gamma = types.uint64(0x9E3779B97F4A7C15)
-        word = types.uint64(key) + ((types.uint64(index) >> types.uint64(1)) + types.uint64(1)) * gamma
-        word = (word ^ (word >> types.uint64(30))) * types.uint64(0xBF58476D1CE4E5B9)
-        word = (word ^ (word >> types.uint64(27))) * types.uint64(0x94D049BB133111EB)
-        word = word ^ (word >> types.uint64(31))
-        half = word >> ((types.uint64(index) & types.uint64(1)) << types.uint64(5))
-        return (half & types.uint64(0xFFFFFFFF)) < types.uint64(threshold)
-
-    return draw
+@overload(vocabulary.narrow, strict=False)
+def _narrow(value: Any) -> Any:
+    return lambda value: types.float32(value)
 
 
-@overload(vocabulary.key32, strict=False)
-def _key32(score: Any) -> Any:
-    return lambda score: types.int64(_bits_of_float32(types.float32(score)))
+@overload(vocabulary.wide, strict=False)
+def _wide(value: Any) -> Any:
+    return lambda value: types.float64(value)
 
 
-@overload(vocabulary.key64, strict=False)
-def _key64(score: Any) -> Any:
-    return lambda score: types.int64(_bits_of_float64(types.float64(score)))
-
-
-@overload(vocabulary.distance_key, strict=False)
-def _distance_key(value: Any, base: Any, wide: Any) -> Any:
-    def key(value: Any, base: Any, wide: Any) -> Any:
-        narrow = types.int64(_bits_of_float32(abs(types.float32(value) - types.float32(base))))
-        return types.int64(_bits_of_float64(types.float64(abs(value - base)))) if wide else narrow
-
-    return key
-
-
-@overload(vocabulary.admitted, strict=False)
-def _admitted(key: Any, index: Any, cut_key: Any, cut_index: Any) -> Any:
-    def compare(key: Any, index: Any, cut_key: Any, cut_index: Any) -> Any:
-        return (key > cut_key) | ((key == cut_key) & (index <= cut_index))
-
-    return compare
+@overload(vocabulary.distance, strict=False)
+def _distance(value: Any, base: Any, like: Any) -> Any:
+    kind = like
+    return lambda value, base, like: abs(kind(value) - kind(base))
 
 
 @overload(vocabulary.row_value, strict=False)
@@ -289,55 +268,65 @@ def _row_value(table: Any, index: Any, columns: Any) -> Any:
 # ---------------------------------------------------------------- reducers over a strip of evaluated values
 
 
+LANES = 16
+"""Partial sums of a block: element i goes to sum i % 16, whatever the processor's vectors are."""
+
+
+def _dot_source() -> str:
+    """Return the source of an inner product whose partial sums are local variables, which compilers keep in registers."""
+    lanes = range(LANES)
+    lines = ["def dot(left, right, count, lane):", "    whole = count - count % 16"]
+    lines += [f"    s{n} = lane[{n}]" for n in lanes]
+    lines += ["    for i in range(0, whole, 16):"]
+    lines += [f"        s{n} += left[i + {n}] * right[i + {n}]" for n in lanes]
+    lines += [f"    lane[{n}] = s{n}" for n in lanes]
+    lines += ["    for i in range(whole, count):", "        lane[i - whole] += left[i] * right[i]"]
+    return "\n".join(lines)
+
+
+_namespace: dict[str, Any] = {}
+exec(_dot_source(), _namespace)
+_dot = njit(nogil=True, error_model="numpy")(_namespace["dot"])
+
+
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _reduce_sums(strip: Any, count: int, start: int, sums: Any) -> None:
-    """Add each row of `strip` to `sums[row]`, in a fixed split into lanes: element i goes to lane i % 32."""
-    lanes = sums.shape[1]
-    whole = count - count % lanes
+def _reduce_sums(strip: Any, count: int, start: int, state: Any) -> None:
+    """Add each row of `strip` to the lanes `state[0][row]`; `state[1]` holds ones."""
+    sums, ones = state
     for row in range(strip.shape[0]):
-        lane = sums[row]
-        values = strip[row]
-        for first in range(0, whole, lanes):
-            for offset in range(32):
-                lane[offset] += values[first + offset]
-        for position in range(whole, count):
-            lane[position - whole] += values[position]
+        _dot(strip[row], ones, count, sums[row])
 
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _reduce_gram(strip: Any, count: int, start: int, sums: Any) -> None:
-    """Add the inner products of the rows (upper triangle, row by row) to `sums`, in the same lanes."""
-    whole = count - count % 32
+def _reduce_gram(strip: Any, count: int, start: int, state: Any) -> None:
+    """Add the inner products of the rows (upper triangle, row by row) to the lanes `state[0][pair]`."""
+    sums, _ = state
     pair = 0
     for row in range(strip.shape[0]):
-        left = strip[row]
         for column in range(row, strip.shape[0]):
-            right = strip[column]
-            lane = sums[pair]
-            for first in range(0, whole, 32):
-                for offset in range(32):
-                    lane[offset] += left[first + offset] * right[first + offset]
-            for position in range(whole, count):
-                lane[position - whole] += left[position] * right[position]
+            _dot(strip[row], strip[column], count, sums[pair])
             pair += 1
 
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _reduce_histogram(strip: Any, count: int, start: int, state: Any) -> None:
-    """Count keys into the bins of each window: `state` = (counts, key row, lowest key, shift), one entry per window.
-
-    The first entry of a window's counts is for keys below it, the last for keys above it.
-    """
-    counts, rows, lows, shifts = state
-    bins = counts.shape[1] - 2
+    """Count keys in each window: `state` = (counts, above, key row, lowest key, bins, shift), one entry per window."""
+    counts, above, rows, lows, widths, shifts = state
     for window in range(rows.size):
         keys = strip[rows[window]]
         low = lows[window]
+        width = widths[window]
         shift = shifts[window]
         table = counts[window]
+        high = low + width
+        larger = 0
         for position in range(count):
-            distance = (keys[position] - low) >> shift
-            table[min(max(distance, -1), bins) + 1] += 1
+            larger += keys[position] >= high
+        above[window] += larger
+        for position in range(count):
+            distance = types.int64(keys[position]) - low
+            if 0 <= distance < width:
+                table[distance >> shift] += 1
 
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -373,6 +362,22 @@ def _reduce_collect(strip: Any, count: int, start: int, state: Any) -> None:
     for row in range(strip.shape[0]):
         for position in range(count):
             target[row, start - origin + position] = strip[row, position]
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def fill_draws(key: int, start: int, words: Any) -> None:
+    """Fill `words` with the 32-bit draws of elements from `start` (even) on.
+
+    Each SplitMix64 output `mix(key + (index // 2 + 1) * gamma)` serves two elements, the low half the even one. There is
+    no state, so a draw is the same for any chunking, thread count and device.
+    """
+    gamma = types.uint64(0x9E3779B97F4A7C15)
+    first = types.uint64(start) >> types.uint64(1)
+    for pair in range(words.size):
+        word = types.uint64(key) + (first + types.uint64(pair) + types.uint64(1)) * gamma
+        word = (word ^ (word >> types.uint64(30))) * types.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> types.uint64(27))) * types.uint64(0x94D049BB133111EB)
+        words[pair] = word ^ (word >> types.uint64(31))
 
 
 REDUCERS: dict[str, Any] = {
@@ -412,32 +417,24 @@ def encode(values: Any, words: Any) -> int:
 
 # ---------------------------------------------------------------- kernels made from a formula
 
-_APPLY = """
-def kernel({arguments}, start, {parameters}output):
+_KERNEL = """
+def kernel({arguments}, start, {parameters}{sink}):
     bad = False
     wrong = False
-    for i in range(output.size):
-        value = formula({values}, start + i{passed})
-        word = store(value, output[i])
-        output[i] = word
-        wrong |= unusual(word)
-        bad |= {unusual}
+    size = {first}.size
+    {setup}
+    for first in range(0, size, STRIP):
+        count = min(STRIP, size - first)
+        {slices}
+{loops}
+        {finish}
     return (1 if bad else 0) + (2 if wrong else 0)
 """
 
-_REDUCE = """
-def kernel({arguments}, start, {parameters}strip, state):
-    bad = False
-    size = {first}.size
-    for first in range(0, size, STRIP):
-        count = min(STRIP, size - first)
-        for i in range(count):
-            at = first + i
-            terms = {calls}
-            {scatter}
+_LOOP = """        for i in range(count):
+            value = {call}
+            {keep}
             bad |= {unusual}
-        reduce(strip, count, start + first, state)
-    return 1 if bad else 0
 """
 
 
@@ -515,6 +512,7 @@ def kernel(
     terms: int = 1,
     each: bool = False,
     elementwise: tuple[str, ...] = (),
+    streams: str = "",
 ) -> Any:
     """Return the compiled pass of a formula.
 
@@ -527,58 +525,78 @@ def kernel(
         literals: Settings that are the same for every element and are compiled in.
         reducer: A key of `REDUCERS`; empty for a pass that writes the value.
         terms: Number of values in all, for a reducer.
+        streams: Name of the parameter that holds random words, if there is one.
         elementwise: Names of per-model parameters that have a value per element.
         each: Whether the formula is called once per model and returns a tuple, the tuples being strung together.
 
     Returns:
-        `kernel(x0, …, [base], [columns…], start, parameters…, output)`, or `(…, strip, state)` with a reducer; it returns 1 if an
+        `kernel(x0, …, [base], [columns…], start, parameters…, [keys, draws], output)`, `start` being even where there
+        are random words; or `(…, strip, keys, state)` with a reducer, `keys` being
+        the strip or its bits as integers; it returns 1 if an
         input word is not finite, plus 2 if an output word is not.
     """
     _register_helpers(formula)
     arguments = [f"x{number}" for number in range(models)] + (["b"] if has_base else [])
-    position = "at" if reducer else "i"
     columns = {name: [f"{name}_{number}" for number in range(models)] for name in elementwise}
+    draws = [f"{streams}_{number}" for number in range(models)] if streams else []
+    everything = arguments + [column for name in columns for column in columns[name]]
     cast = "float32" if precision == "float32" else "float64"
-    loaded = [f"{cast}(load({argument}[{position}]))" for argument in arguments]
+    loaded = [f"{cast}(load({argument}_[i]))" for argument in arguments]
     base = loaded[-1] if has_base else loaded[0]
     values = f"({', '.join(loaded[:models])},), {base}"
-    names = [name for name, _, _ in parameters]
-    entries = {name: [f"{column}[{position}]" for column in columns[name]] for name in columns}
-    whole = {name: name for name in names} | {name: f"({', '.join(entry)},)" for name, entry in entries.items()}
+    entries = {name: [f"{column}_[i]" for column in columns[name]] for name in columns}
+    if streams:
+        entries[streams] = [f"{draw}_[i]" for draw in draws]
+    lengths = {name: length for name, length, _ in parameters}
+    whole = {name: name for name in lengths} | {name: f"({', '.join(entry)},)" for name, entry in entries.items()}
     whole |= {name: repr(value) for name, value in literals}
     code = formula.__code__
     order = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
     passed = "".join(f", {whole[name]}" for name in order)
-    calls = f"formula({values}, start + at{passed})"
+
+    def own(number: int) -> str:
+        """Return the arguments of a formula that is called for one model."""
+        parts = []
+        for name in order:
+            if name in entries:
+                parts.append(entries[name][number])
+            else:
+                parts.append(f"{whole[name]}[{number}]" if lengths.get(name) else whole[name])
+        return "".join(f", {part}" for part in parts)
+
+    index = "start + first + i"
+    unusual = [f"unusual({argument}_[i])" for argument in arguments]
+    calls = [f"formula({values}, {index}{passed})"]
     if each:
-        lengths = {name: length for name, length, _ in parameters}
-        calls = " + ".join(
-            f"formula({loaded[number]}, {values}, start + at"
-            + "".join(
-                f", {entries[name][number]}"
-                if name in entries
-                else f", {whole[name]}[{number}]"
-                if lengths.get(name)
-                else f", {whole[name]}"
-                for name in order
-            )
-            + ")"
-            for number in range(models)
-        )
-    fields = {
-        "arguments": ", ".join(arguments + [column for name in columns for column in columns[name]]),
-        "first": arguments[0],
-        "parameters": "".join(f"{name}, " for name in names),
-        "values": values,
-        "passed": passed,
-        "calls": calls,
-        "unusual": " | ".join(f"unusual({argument}[{position}])" for argument in arguments),
-        "scatter": "; ".join(f"strip[{term}, i] = terms[{term}]" for term in range(terms)),
-    }
-    body = (_REDUCE if reducer else _APPLY).format(**fields)
+        calls = [f"formula({loaded[number]}, {values}, {index}{own(number)})" for number in range(models)]
+    width = terms // len(calls)
+    loops = []
+    for number, call in enumerate(calls):
+        keep = "word = store(value, output_[i]); output_[i] = word; wrong |= unusual(word)"
+        if reducer:
+            keep = "; ".join(f"row{number * width + term}[i] = value[{term}]" for term in range(width))
+        checked = [unusual[number], *unusual[models:]] if each else unusual
+        loops.append(_LOOP.format(call=call, keep=keep, unusual=" | ".join(checked)))
+    sliced = everything if reducer else [*everything, "output"]
+    slices = [f"{argument}_ = {argument}[first : first + count]" for argument in sliced]
+    setup = [f"row{term} = strip[{term}]" for term in range(terms)] if reducer else []
+    for number, draw in enumerate(draws):
+        setup += [f"{draw}_pairs = draws[{number}]", f"{draw}_ = {draw}_pairs.view(uint32)"]
+        slices.append(f"fill_draws({streams}[{number}], start + first, {draw}_pairs[: (count + 1) // 2])")
+    taken = [name for name, _, _ in parameters] + ([streams, "draws"] if streams else [])
+    body = _KERNEL.format(
+        arguments=", ".join(everything),
+        first=arguments[0],
+        parameters="".join(f"{name}, " for name in taken),
+        sink="strip, keys, state" if reducer else "output",
+        setup="; ".join(setup) or "pass",
+        slices="; ".join(slices),
+        loops="".join(loops).rstrip("\n"),
+        finish="reduce(keys, count, start + first, state)" if reducer else "pass",
+    )
     head = (
-        "from numba import njit, float32, float64\n"
-        "from graftwork.merge.kernels import REDUCERS, load, positional, store, unusual\n"
+        "from numba import njit, float32, float64, uint32\n"
+        "from graftwork.merge.kernels import REDUCERS, fill_draws, load, positional, store, unusual\n"
         f"from {formula.__module__} import {formula.__qualname__} as plain\n"
         'formula = njit(positional(plain), error_model="numpy")\n'
         f"STRIP = {STRIP}\n" + (f'reduce = REDUCERS["{reducer}"]\n' if reducer else "")

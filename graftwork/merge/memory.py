@@ -81,6 +81,9 @@ def program_of(method: Method, models: int, parameters: Mapping[str, Any]) -> An
             problems.append(f'{method.name} needs the parameter "{parameter.name}"')
         elif parameter.per_model:
             value = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * models
+            value = tuple(float(item) if parameter.type is float and item is not None else item for item in value)
+        elif parameter.type is float and value is not None:
+            value = float(value)
         values[parameter.keyword] = value
     if problems:
         raise RecipeError(problems)

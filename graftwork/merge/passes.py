@@ -6,9 +6,14 @@ A method's program yields `Gram`, `Sums`, `Select` or `RowTable` and gets the pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+
+from graftwork.merge.random import stream_key
 
 Formula = Callable[..., Any]
 """`formula(models, base, index, **parameters)`; without a base, `base` is the first model.
@@ -41,12 +46,9 @@ class Group:
     streams: tuple[int, ...] = ()
     notes: list[str] = field(default_factory=list)
 
-    def random_keys(self, seed: int) -> tuple[int, ...]:
-        """Return the key of each model's random stream on this tensor, as signed 64-bit integers."""
-        from graftwork.merge.random import stream_key
-
-        keys = (stream_key(seed, self.name, stream) for stream in self.streams)
-        return tuple(key - (1 << 64) if key >= 1 << 63 else key for key in keys)
+    def random_streams(self, seed: int) -> Streams:
+        """Return the models' random streams on this tensor."""
+        return Streams(tuple(stream_key(seed, self.name, stream) for stream in self.streams))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,30 +73,53 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A selection: keys above `key`, and those equal to it up to element `index`."""
+    """A selection by score: what is above `score`, and what equals it up to element `index`.
 
-    key: int
-    index: int
+    As a formula's parameter it becomes a threshold: the formula compares `score >= threshold`, and the engine gives it
+    the next larger number behind `index`.
+    """
+
+    score: float
+    index: int = -1
+    wide: bool = False
+
+    def threshold(self, start: int) -> np.float32 | np.float64:
+        """Return the threshold for elements from `start` on, up to `index` if that is not before."""
+        kind = np.float64 if self.wide else np.float32
+        score = kind(self.score)
+        return score if start <= self.index else np.nextafter(score, kind(np.inf))
 
 
-NOTHING = Cut((1 << 63) - 1, -1)
-"""Selects nothing."""
+def nothing(wide: bool) -> Cut:
+    """Return the cut that admits nothing: no number is greater than or equal to NaN."""
+    return Cut(math.nan, -1, wide)
 
-EVERYTHING = Cut(-1, -1)
-"""Selects everything."""
+
+def everything(wide: bool) -> Cut:
+    """Return the cut that admits all scores."""
+    return Cut(-1.0, -1, wide)
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The keys of the models' random streams; as a formula's parameter, one random 32-bit word per element and model."""
+
+    keys: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """Ask for the exact cut that admits the `ranks[s][j]` largest keys of score s, lower index first among equals.
+    """Ask for the exact cut that admits the `ranks[s][j]` largest of the scores s, lower index first among equals.
 
-    The formula returns the integer keys of its scores, one per entry of `ranks`. The result has the shape of `ranks`.
+    The formula returns non-negative scores, one per entry of `ranks`: float64 if `wide`, else float32. The result has
+    the shape of `ranks`.
     """
 
-    keys: Formula
+    scores: Formula
     ranks: tuple[tuple[int, ...], ...]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     each: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)

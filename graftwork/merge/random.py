@@ -28,10 +28,10 @@ def stream_key(seed: int, name: str, stream: int) -> int:
     return _step(_step(_step(seed) ^ hashed) ^ stream)
 
 
-def keep_threshold(probability: float) -> int:
-    """Return t such that a uniform 32-bit draw is below t with this probability (to 2⁻³²)."""
+def draw_limit(probability: float) -> int:
+    """Return the largest 32-bit draw that keeps an element with this probability (to 2⁻³²); -1 if none does."""
     if probability >= 1:
-        return 1 << 32
+        return (1 << 32) - 1
     if probability <= 0:
-        return 0
-    return int(probability * 4294967296.0 + 0.5)
+        return -1
+    return int(probability * 4294967296.0 + 0.5) - 1

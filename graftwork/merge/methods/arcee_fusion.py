@@ -9,7 +9,7 @@ import numpy as np
 
 from graftwork.merge.methods.registry import register
 from graftwork.merge.passes import Apply, Group, RowTable, Select
-from graftwork.merge.vocabulary import Value, key64, row_value, where
+from graftwork.merge.vocabulary import Value, row_value, where, wide
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -32,8 +32,8 @@ def divergence(models: Array, base: Array) -> Array:
 def importance(
     models: Sequence[Value], base: Value, index: Value, *, table: Any, columns: int
 ) -> tuple[Value]:
-    """Return the key of |d| times the divergence of the entry's row."""
-    return (key64(abs(models[0] - base) * row_value(table, index, columns)),)
+    """Return the score: |d| times the divergence of the entry's row."""
+    return (wide(abs(models[0] - base) * row_value(table, index, columns)),)
 
 
 def taken(
@@ -62,6 +62,6 @@ def arcee_fusion(group: Group) -> Generator[Any, Any, Apply]:
     table = yield RowTable(divergence)
     settings = {"table": table, "columns": columns}
     positions = [int(share * (size - 1)) for share in (0.25, 0.5, 0.75)]
-    (cuts,) = yield Select(importance, (tuple(size - position for position in positions),), settings)
-    first, median, third = (float(np.array(max(cut.key, 0), np.int64).view(np.float64)) for cut in cuts)
+    (cuts,) = yield Select(importance, (tuple(size - position for position in positions),), settings, wide=True)
+    first, median, third = (cut.score for cut in cuts)
     return Apply(taken, {**settings, "threshold": median + 1.5 * (third - first)}, precision="float64")

@@ -7,8 +7,8 @@ from typing import Any
 
 from graftwork.merge.methods.common import INT8_MASK
 from graftwork.merge.methods.registry import Parameter, register
-from graftwork.merge.passes import EVERYTHING, NOTHING, Apply, Cut, Group, Select, Sums
-from graftwork.merge.vocabulary import Value, admitted, key32, number, where, zeros_like
+from graftwork.merge.passes import Apply, Group, Select, Sums, everything
+from graftwork.merge.vocabulary import Value, narrow, number, where, zeros_like
 
 
 def variance(models: Sequence[Value], base: Value, share: float) -> Value:
@@ -25,29 +25,28 @@ def variance(models: Sequence[Value], base: Value, share: float) -> Value:
 
 def varies(models: Sequence[Value], base: Value, index: Value, *, share: float) -> tuple[Value]:
     """Return one where the float32 variance is not zero."""
-    return (number(key32(variance(models, base, share)) > 0, base),)
+    return (number(narrow(variance(models, base, share)) > 0, base),)
 
 
 def score(models: Sequence[Value], base: Value, index: Value, *, share: float) -> tuple[Value]:
-    """Return the key by which entries are ranked."""
-    return (key32(variance(models, base, share)),)
+    """Return the score by which entries are ranked."""
+    return (narrow(variance(models, base, share)),)
 
 
 def energy(
-    model: Value, models: Sequence[Value], base: Value, index: Value, *, share: float, cut_key: int, cut_index: int
+    model: Value, models: Sequence[Value], base: Value, index: Value, *, share: float, cut: float
 ) -> tuple[Value]:
     """Return the squared selected entry of a model's task vector."""
-    kept = admitted(key32(variance(models, base, share)), index, cut_key, cut_index)
+    kept = narrow(variance(models, base, share)) >= cut
     delta = model - base
     return (where(kept, delta * delta, zeros_like(base)),)
 
 
 def erased(
-    models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], share: float, cut_key: int,
-    cut_index: int, mask_entries: bool,
+    models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], share: float, cut: float, mask_entries: bool,
 ) -> Value:  # fmt: skip
     """Return the base plus the weighted mean of the entries that have the majority sign."""
-    kept = admitted(key32(variance(models, base, share)), index, cut_key, cut_index)
+    kept = narrow(variance(models, base, share)) >= cut
     if not mask_entries:
         kept = base == base
     total = zeros_like(base)
@@ -88,16 +87,16 @@ def sce(group: Group, *, select_topk: float, select: str) -> Generator[Any, Any,
     """
     count = group.models
     share = {"share": 1.0 / count}
-    cut: Cut = EVERYTHING
+    cut = everything(wide=False)
     if select_topk < 1:
         varying = yield Sums(varies, 1, share)
         rank = int(select_topk * float(varying[0]))
         ((cut,),) = yield Select(score, ((rank,),), share)
-    chosen = {**share, "cut_key": cut.key, "cut_index": cut.index}
+    chosen = {**share, "cut": cut}
     energies = yield Sums(energy, count, chosen, each=True)
     total = float(energies.sum())
     if total == 0:
-        uniform = select == "weights" and cut is not NOTHING
+        uniform = select == "weights" and cut.score == cut.score
         weight = (1.0 / count if uniform else 0.0,) * count
     else:
         weight = tuple((energies / total).tolist())

@@ -8,16 +8,16 @@ With task vectors dᵢ = xᵢ - b, masks mᵢ and scales sᵢ, vᵢ = wᵢ sᵢ 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from graftwork.merge.methods.common import INT8_MASK, LAMBDA, SEED, WEIGHT, cancels, combined_deltas, normalize
 from graftwork.merge.methods.registry import Parameter, register
-from graftwork.merge.passes import EVERYTHING, NOTHING, Apply, Group, PerElement, Select, Sums
-from graftwork.merge.random import keep_threshold
-from graftwork.merge.vocabulary import Value, admitted, distance_key, drawn, number, where, zeros_like
+from graftwork.merge.passes import Apply, Formula, Group, PerElement, Select, Sums, everything, nothing
+from graftwork.merge.random import draw_limit
+from graftwork.merge.vocabulary import Value, distance, number, where, wide, zeros_like
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -39,81 +39,102 @@ def rescale(default: bool, *more: str) -> Parameter:
 
 
 # ---------------------------------------------------------------- formulas
+#
+# A selection is a band of magnitudes: at least `lower`, less than `upper`. An election is held in float64, so that which
+# sign wins does not hang on rounding; the rest is float32.
 
 
-def selected(
-    models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], scale: Sequence[float],
-    lower_key: Sequence[int], lower_index: Sequence[int], upper_key: Sequence[int], upper_index: Sequence[int],
-    factor: float, wide: bool, consensus: bool, normalize: bool,
+def selected_sum(
+    models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], lower: Sequence[float],
+    upper: Sequence[float], factor: float,
 ) -> Value:  # fmt: skip
-    """Return the family's formula over the entries admitted by the lower cut and not by the upper one."""
+    """Return b + factor · Σ wᵢ mᵢ∘dᵢ over selected entries."""
     total = zeros_like(base)
-    for x, w, s, lk, li, uk, ui in zip(models, weight, scale, lower_key, lower_index, upper_key, upper_index):  # noqa: B905
-        key = distance_key(x, base, wide)
-        kept = admitted(key, index, lk, li) != admitted(key, index, uk, ui)
-        total = total + where(kept, w * (s * (x - base)), zeros_like(base))
-    if not consensus:
-        return base + factor * total
+    for x, w, low, high in zip(models, weight, lower, upper):  # noqa: B905
+        size = distance(x, base, low)
+        total = total + where((size >= low) != (size >= high), w * (x - base), zeros_like(base))
+    return base + factor * total
+
+
+def selected_consensus(
+    models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], scale: Sequence[float],
+    election: Sequence[float], election_scale: Sequence[float], lower: Sequence[float], upper: Sequence[float],
+    factor: float, normalize: bool,
+) -> Value:  # fmt: skip
+    """Return the consensus formula over selected entries."""
+    total = zeros_like(wide(base))
+    for x, w, s, low, high in zip(models, election, election_scale, lower, upper):  # noqa: B905
+        size = distance(x, base, low)
+        vote = w * (s * (wide(x) - wide(base)))
+        total = total + where((size >= low) != (size >= high), vote, zeros_like(vote))
     positive = total >= 0
     agreeing = zeros_like(base)
     divisor = zeros_like(base)
-    for x, w, s, lk, li, uk, ui in zip(models, weight, scale, lower_key, lower_index, upper_key, upper_index):  # noqa: B905
-        key = distance_key(x, base, wide)
-        kept = admitted(key, index, lk, li) != admitted(key, index, uk, ui)
-        vote = where(kept, w * (s * (x - base)), zeros_like(base))
-        counted = where(positive, number(vote > 0, base), number(vote < 0, base))
-        agreeing = agreeing + counted * vote
-        divisor = divisor + counted * w
+    for x, w, s, low, high in zip(models, weight, scale, lower, upper):  # noqa: B905
+        size = distance(x, base, low)
+        delta = x - base
+        kept = ((size >= low) != (size >= high)) & (delta != 0) & (((delta > 0) == (w > 0)) == positive)
+        agreeing = agreeing + where(kept, w * (s * delta), zeros_like(base))
+        divisor = divisor + where(kept, w, zeros_like(base))
     if normalize:
-        agreeing = where(divisor == 0, agreeing, agreeing / divisor)
+        agreeing = agreeing / where(divisor != 0, divisor, number(divisor == 0, base))
     return base + factor * agreeing
 
 
-def sampled(
+def sampled_sum(
     models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], scale: Sequence[float],
-    key: Sequence[int], threshold: Sequence[int], factor: float, consensus: bool, normalize: bool,
+    draw: Sequence[int], limit: Sequence[int], factor: float,
 ) -> Value:  # fmt: skip
-    """Return the family's formula over randomly drawn entries."""
+    """Return b + factor · Σ wᵢ sᵢ mᵢ∘dᵢ over randomly drawn entries."""
     total = zeros_like(base)
-    for x, w, s, k, t in zip(models, weight, scale, key, threshold):  # noqa: B905
-        total = total + where(drawn(k, index, t), w * (s * (x - base)), zeros_like(base))
-    if not consensus:
-        return base + factor * total
+    for x, w, s, word, bound in zip(models, weight, scale, draw, limit):  # noqa: B905
+        total = total + where(word <= bound, w * (s * (x - base)), zeros_like(base))
+    return base + factor * total
+
+
+def sampled_consensus(
+    models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], scale: Sequence[float],
+    election: Sequence[float], election_scale: Sequence[float], draw: Sequence[int], limit: Sequence[int],
+    factor: float, normalize: bool,
+) -> Value:  # fmt: skip
+    """Return the consensus formula over randomly drawn entries."""
+    total = zeros_like(wide(base))
+    for x, w, s, word, bound in zip(models, election, election_scale, draw, limit):  # noqa: B905
+        vote = w * (s * (wide(x) - wide(base)))
+        total = total + where(word <= bound, vote, zeros_like(vote))
     positive = total >= 0
     agreeing = zeros_like(base)
     divisor = zeros_like(base)
-    for x, w, s, k, t in zip(models, weight, scale, key, threshold):  # noqa: B905
-        vote = where(drawn(k, index, t), w * (s * (x - base)), zeros_like(base))
-        counted = where(positive, number(vote > 0, base), number(vote < 0, base))
-        agreeing = agreeing + counted * vote
-        divisor = divisor + counted * w
+    for x, w, s, word, bound in zip(models, weight, scale, draw, limit):  # noqa: B905
+        delta = x - base
+        kept = (word <= bound) & (delta != 0) & (((delta > 0) == (w > 0)) == positive)
+        agreeing = agreeing + where(kept, w * (s * delta), zeros_like(base))
+        divisor = divisor + where(kept, w, zeros_like(base))
     if normalize:
-        agreeing = where(divisor == 0, agreeing, agreeing / divisor)
+        agreeing = agreeing / where(divisor != 0, divisor, number(divisor == 0, base))
     return base + factor * agreeing
 
 
-def distance(model: Value, models: Sequence[Value], base: Value, index: Value, *, wide: bool) -> tuple[Value]:
-    """Return the key by which entries of a task vector are ranked."""
-    return (distance_key(model, base, wide),)
+def magnitude(model: Value, models: Sequence[Value], base: Value, index: Value, *, like: float) -> tuple[Value]:
+    """Return the score by which entries of a task vector are ranked."""
+    return (distance(model, base, like),)
 
 
 def selected_norms(
-    model: Value, models: Sequence[Value], base: Value, index: Value, *, lower_key: int, lower_index: int, upper_key: int, upper_index: int,
-    wide: bool,
-) -> tuple[Value, Value]:  # fmt: skip
+    model: Value, models: Sequence[Value], base: Value, index: Value, *, lower: float, upper: float
+) -> tuple[Value, Value]:
     """Return |d| and |m∘d| for a selection."""
     size = abs(model - base)
-    key = distance_key(model, base, wide)
-    kept = admitted(key, index, lower_key, lower_index) != admitted(key, index, upper_key, upper_index)
-    return size, where(kept, size, zeros_like(size))
+    score = distance(model, base, lower)
+    return size, where((score >= lower) != (score >= upper), size, zeros_like(size))
 
 
 def sampled_norms(
-    model: Value, models: Sequence[Value], base: Value, index: Value, *, key: int, threshold: int
-) -> tuple[Value, Value]:  # fmt: skip
+    model: Value, models: Sequence[Value], base: Value, index: Value, *, draw: int, limit: int
+) -> tuple[Value, Value]:
     """Return |d| and |m∘d| for a random mask."""
     size = abs(model - base)
-    return size, where(drawn(key, index, threshold), size, zeros_like(size))
+    return size, where(draw <= limit, size, zeros_like(size))
 
 
 # ---------------------------------------------------------------- programs
@@ -125,22 +146,18 @@ def _scales(sums: Array, density: Sequence[float]) -> tuple[float, ...]:
     return tuple(1.0 if share >= 1 or kept == 0 else every / kept for every, kept, share in pairs)
 
 
-def _apply(
-    group: Group, formula: Any, *, weight: Sequence[float], lambda_: float, normalize: bool, consensus: bool, scale: Any,
-    **mask: Any,
-) -> Apply:  # fmt: skip
-    """Return the family's last pass. An election must not hang on rounding, so it is evaluated in float64."""
-    factor = lambda_
-    if normalize and not consensus and not cancels(weight):
-        factor = lambda_ / sum(weight)
-    if not consensus and isinstance(scale, tuple):
-        weight, scale = tuple(w * s for w, s in zip(weight, scale, strict=True)), (1.0,) * group.models
-    settings = {"weight": tuple(weight), "scale": scale, "factor": factor, "consensus": consensus}
-    return Apply(
-        formula,
-        {**settings, "normalize": normalize and consensus, **mask},
-        precision="float64" if consensus else "float32",
-    )
+def _consensus(
+    weight: Sequence[float], scale: Any, lambda_: float, normalize: bool, mask: Mapping[str, Any], formula: Formula
+) -> Apply:
+    """Return the pass of a consensus formula."""
+    exact = tuple(np.float64(value) for value in weight)
+    exact_scale = scale if isinstance(scale, PerElement) else tuple(np.float64(value) for value in scale)
+    settings = {"weight": tuple(weight), "scale": scale, "election": exact, "election_scale": exact_scale}
+    return Apply(formula, {**settings, "factor": lambda_, "normalize": normalize, **mask})
+
+
+def _divisor(weight: Sequence[float], normalize: bool) -> float:
+    return sum(weight) if normalize and not cancels(weight) else 1.0
 
 
 Passes = Generator[Select | Sums, Any, Apply]
@@ -167,23 +184,20 @@ def _selecting(
             if kept == 0:
                 group.notes.append(f"density {share:g} keeps none of its {size} entries")
     if all(pair in ((0, 0), (0, size)) for pair in wanted):
-        cuts = tuple((NOTHING, EVERYTHING if pair[1] else NOTHING) for pair in wanted)
+        none, all_ = nothing(group.wide), everything(group.wide)
+        cuts = tuple((none, all_ if pair[1] else none) for pair in wanted)
     else:
-        cuts = yield Select(distance, tuple(wanted), {"wide": group.wide}, each=True)
-    mask = {
-        "lower_key": tuple(lower.key for _, lower in cuts),
-        "lower_index": tuple(lower.index for _, lower in cuts),
-        "upper_key": tuple(upper.key for upper, _ in cuts),
-        "upper_index": tuple(upper.index for upper, _ in cuts),
-        "wide": group.wide,
-    }
+        like = (np.float64(0) if group.wide else np.float32(0),) * group.models
+        cuts = yield Select(magnitude, tuple(wanted), {"like": like}, each=True, wide=group.wide)
+    mask = {"lower": tuple(lower for _, lower in cuts), "upper": tuple(upper for upper, _ in cuts)}
     scale = (1.0,) * group.models
     if rescale and min(density) < 1:
         sums = yield Sums(selected_norms, 2 * group.models, mask, each=True)
         scale = _scales(sums, density)
-    return _apply(
-        group, selected, weight=weight, lambda_=lambda_, normalize=normalize, consensus=consensus, scale=scale, **mask
-    )
+    if consensus:
+        return _consensus(weight, scale, lambda_, normalize, mask, selected_consensus)
+    coefficient = tuple(w * s for w, s in zip(weight, scale, strict=True))
+    return Apply(selected_sum, {"weight": coefficient, "factor": lambda_ / _divisor(weight, normalize), **mask})
 
 
 def _sampling(
@@ -191,27 +205,32 @@ def _sampling(
     rescale: bool | str, seed: int, consensus: bool, epsilon: Sequence[float] | None = None,
 ) -> Passes:  # fmt: skip
     """Keep entries at random; with `epsilon` those of larger magnitude within their row more often."""
-    threshold: Any = tuple(keep_threshold(share) for share in density)
+    divisor = _divisor(weight, normalize)
+    limits = tuple(draw_limit(share) for share in density)
+    weight = tuple(0.0 if bound < 0 else value for value, bound in zip(weight, limits, strict=True))
+    limit: Any = tuple(np.uint32(max(bound, 0)) for bound in limits)
     scale: Any = (1.0,) * group.models
-    partial = any(0 < share < 1 for share in density)
-    if epsilon is not None and partial:
+    if epsilon is not None and any(0 < share < 1 for share in density):
         ranks = {"density": tuple(density), "epsilon": tuple(epsilon)}
-        threshold = PerElement(rank_thresholds, ranks)
+        limit = PerElement(rank_limits, ranks)
         if rescale == "inverse":
             scale = PerElement(inverse_probabilities, ranks)
-    mask = {"key": group.random_keys(seed), "threshold": threshold}
+    mask = {"draw": group.random_streams(seed), "limit": limit}
     if rescale == "density":
         scale = tuple(1.0 / share if share > 0 else 1.0 for share in density)
     elif rescale is True and min(density) < 1:
         sums = yield Sums(sampled_norms, 2 * group.models, mask, each=True)
         scale = _scales(sums, density)
-    return _apply(
-        group, sampled, weight=weight, lambda_=lambda_, normalize=normalize, consensus=consensus, scale=scale, **mask
-    )
+    if consensus:
+        return _consensus(weight, scale, lambda_, normalize, mask, sampled_consensus)
+    return Apply(sampled_sum, {"weight": weight, "scale": scale, "factor": lambda_ / divisor, **mask})
 
 
 def keep_probabilities(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Array:
-    """Return p = density - ε + 2ε·r/(c-1), r the rank of |d| within its row of length c, ascending."""
+    """Return p = density - ε + 2ε·r/(c-1), r the rank of |d| within its row of length c, ascending.
+
+    Rows run along the second axis, or along the only one.
+    """
     from graftwork.merge.ranks import row_ranks
 
     probability = np.empty(models.shape)
@@ -220,21 +239,21 @@ def keep_probabilities(models: Array, base: Array, *, density: Sequence[float], 
         if not 0 < share < 1:
             target[...] = min(max(share, 0.0), 1.0)
             continue
-        delta = np.abs(models[model] - base).astype(np.float32 if models.dtype != np.float64 else np.float64)
-        rows = np.atleast_1d(delta)
-        rows = rows if rows.ndim <= 2 else np.moveaxis(rows, 1, -1)
+        delta = np.abs(models[model] - base)
+        rows = delta if delta.ndim <= 2 else np.moveaxis(delta, 1, -1)
         length = rows.shape[-1]
         ranks = row_ranks(np.ascontiguousarray(rows).reshape(-1, length)).reshape(rows.shape)
         ranks = ranks if rows.ndim <= 2 else np.moveaxis(ranks, -1, 1)
         slope = 2 * spread / (length - 1) if length > 1 else 0.0
-        target[...] = ((share - spread if length > 1 else share) + slope * ranks).reshape(target.shape)
+        target[...] = (share - spread if length > 1 else share) + slope * ranks
     return probability
 
 
-def rank_thresholds(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Array:
-    """Return the thresholds of the random draws that keep each entry with its probability."""
+def rank_limits(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Any:
+    """Return the largest random draws that keep each entry with its probability."""
     probability = keep_probabilities(models, base, density=density, epsilon=epsilon)
-    return np.floor(probability * 4294967296.0 + 0.5).astype(np.int64)
+    limits = np.floor(probability * 4294967296.0 + 0.5) - 1
+    return np.maximum(limits, 0, out=limits).astype(np.uint32)
 
 
 def inverse_probabilities(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Array:
