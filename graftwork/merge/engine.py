@@ -376,7 +376,8 @@ class Engine:
         programs: list[tuple[Step, Any]] = []
         for step in steps:
             if step.program is None or step.elements == 0:
-                self._finish(step, self._copy(step, parallel) if step.elements else ([b""], [[b""]]))
+                nothing = [b""], [[b""] for _ in step.inputs]
+                self._finish(step, self._copy(step, parallel) if step.elements else nothing)
                 continue
             group = Group(
                 step.name, step.shape, total, len(step.models), step.base is not None, step.wide, step.streams, step.notes
@@ -734,7 +735,7 @@ class _Selection:
         self.terms = len(self.request.ranks)
         self.total = sum(step.elements for step, _ in asked)
         self.dtype = np.dtype(np.float64 if self.request.wide else np.float32)
-        self.key_dtype = np.dtype(np.int64 if self.request.wide else np.int32)
+        self.key_dtype = np.dtype(np.uint64 if self.request.wide else np.uint32)
         self.largest = int(np.array(np.inf, self.dtype).view(self.key_dtype))
         self.spans = [
             (number, first, min(step.elements, first + engine.span))
@@ -836,7 +837,7 @@ class _Selection:
         while open_:
             batch = self.spans[position : position + stride]
             rows = np.array([place[0] for place in open_])
-            targets = np.array([key for key, _ in open_.values()])
+            targets = np.array([key for key, _ in open_.values()], self.key_dtype)
 
             def count(number: int, batch: Any = batch, rows: Any = rows, targets: Any = targets) -> Array:
                 counts = np.zeros(rows.size, np.int64)
@@ -860,14 +861,14 @@ class _Selection:
         """Return the index of the n-th element of a span that has this key."""
         found = np.full(1, -1, np.int64)
         counts = np.zeros(1, np.int64)
-        state = (counts, found, np.array([row]), np.array([key]), np.array([needed]))
+        state = (counts, found, np.array([row]), np.array([key], self.key_dtype), np.array([needed]))
         self._over_span(span, "find", state)
         return int(found[0])
 
     def _histogram(self, rows: list[int], windows: list[tuple[int, int]], shifts: list[int]) -> tuple[Array, Array]:
         """Return how many keys lie above each window, and the counts of its bins."""
-        lows = np.array([low for low, _ in windows])
-        widths = np.array([high - low for low, high in windows])
+        lows = np.array([low for low, _ in windows], self.key_dtype)
+        widths = np.array([high - low for low, high in windows], self.key_dtype)
         bins = max((high - low - 1 >> shift) + 1 for (low, high), shift in zip(windows, shifts, strict=True))
         above = np.zeros(len(rows), np.int64)
         total = np.zeros((len(rows), bins), np.int64)
@@ -876,7 +877,7 @@ class _Selection:
 
         def work(number: int) -> None:
             own_above, own = np.zeros_like(above), np.zeros_like(total)
-            state = (own, own_above, np.array(rows), lows, widths, np.array(shifts))
+            state = (own, own_above, np.array(rows), lows, widths, np.array(shifts, self.key_dtype))
             while True:
                 with lock:
                     span = next(queue, None)
@@ -985,7 +986,7 @@ class _Reducer:
         self.terms = terms
         self.scratch = np.dtype(dtype)
         self.sums = reducer in {"sums", "gram"}
-        self.keys = np.dtype(np.int32 if self.scratch == np.float32 else np.int64)
+        self.keys = np.dtype(np.uint32 if self.scratch == np.float32 else np.uint64)
         words = {item.entry.dtype for item in step.inputs}
         self.fused = (fuse and len(words) == 1) or words <= {"F32"} or words <= {"F64"}
         self.wide = np.float64 if step.wide else np.float32
