@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
+from graftwork.cli.demonstration import demo
+from graftwork.cli.difference import diff
+from graftwork.cli.evaluate import evaluate
+from graftwork.cli.inspect import inspect
 from graftwork.cli.merge import merge
+from graftwork.cli.methods import methods, schema
+from graftwork.cli.verify import verify
 
 app = typer.Typer(
     name="graftwork",
@@ -38,7 +44,8 @@ def _options(
     pass
 
 
-app.command()(merge)
+for command in (merge, inspect, diff, methods, evaluate, verify, schema, demo):
+    app.command()(command)
 
 
 def run() -> None:
