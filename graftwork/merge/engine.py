@@ -51,7 +51,7 @@ _ROW_VALUES = 1 << 20
 _WINDOW_BITS = 19
 """A selection's histogram has up to 2^19 bins."""
 
-_SAMPLE = 65_536
+_SAMPLE = 131_072
 """Keys looked at to guess where a selection's cut lies; the guess only saves passes."""
 
 _RUN = 4_096
@@ -665,14 +665,13 @@ class Engine:
         """Return the float64 sums of every block of a tensor."""
         formula = request.vectors if reducer == "gram" else request.terms
         evaluate = self._reducer(step, formula, request.parameters, reducer, terms, request.each)
-        ones = np.ones(_kernels().STRIP)
 
         def reduce(number: int) -> list[Array]:
             first, last = number * self.span, min(step.elements, (number + 1) * self.span)
             sums = []
             for start, stop, slices in self._pieces(step, first, last, evaluate.makers):
                 lanes = np.zeros((width, _kernels().LANES))
-                if evaluate(slices, start, (lanes, ones)):
+                if evaluate(slices, start, lanes):
                     self._refuse_input(step, start, stop)
                 sums.append(lanes.sum(1))
             return sums
@@ -799,7 +798,7 @@ class _Selection:
         windows: dict[tuple[int, int], tuple[int, int]] = {}  # first key, and the one behind the last
         for row, rank in wanted:
             share = 1 - rank / self.total
-            slack = 6 * math.sqrt(share * (1 - share) / size) + 2 / size
+            slack = 5 * math.sqrt(share * (1 - share) / size) + 2 / size
             low = int(sample[row, math.floor((share - slack) * size)]) if share > slack else 0
             place = math.ceil((share + slack) * size)
             high = int(sample[row, place]) + 1 if place < size else self.largest + 1

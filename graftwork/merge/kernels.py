@@ -29,7 +29,7 @@ from graftwork.merge import vocabulary
 BLOCK = 65_536
 """Elements per block of every reduction and digest; results are combined block by block in index order."""
 
-STRIP = 2_048
+STRIP = 512
 """Elements a reducing kernel evaluates into scratch memory at a time; small enough for the first-level cache."""
 
 # Loops over many arrays are vectorised only if the compiler may check more pairs of them for overlap than by default.
@@ -272,35 +272,34 @@ LANES = 16
 """Partial sums of a block: element i goes to sum i % 16, whatever the processor's vectors are."""
 
 
-def _dot_source() -> str:
-    """Return the source of an inner product whose partial sums are local variables, which compilers keep in registers."""
+def _lanes_of(name: str, arguments: str, term: str) -> Any:
+    """Return a compiled sum of `term` over i whose partial sums are local variables, which compilers keep in registers."""
     lanes = range(LANES)
-    lines = ["def dot(left, right, count, lane):", "    whole = count - count % 16"]
+    lines = [f"def {name}({arguments}, count, lane):", f"    whole = count - count % {LANES}"]
     lines += [f"    s{n} = lane[{n}]" for n in lanes]
-    lines += ["    for i in range(0, whole, 16):"]
-    lines += [f"        s{n} += left[i + {n}] * right[i + {n}]" for n in lanes]
+    lines += [f"    for i in range(0, whole, {LANES}):"]
+    lines += [f"        s{n} += {term.replace('[i]', f'[i + {n}]')}" for n in lanes]
     lines += [f"    lane[{n}] = s{n}" for n in lanes]
-    lines += ["    for i in range(whole, count):", "        lane[i - whole] += left[i] * right[i]"]
-    return "\n".join(lines)
+    lines += ["    for i in range(whole, count):", f"        lane[i - whole] += {term}"]
+    namespace: dict[str, Any] = {}
+    exec("\n".join(lines), namespace)
+    return njit(nogil=True, error_model="numpy")(namespace[name])
 
 
-_namespace: dict[str, Any] = {}
-exec(_dot_source(), _namespace)
-_dot = njit(nogil=True, error_model="numpy")(_namespace["dot"])
+_total = _lanes_of("total", "values", "values[i]")
+_dot = _lanes_of("dot", "left, right", "left[i] * right[i]")
 
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _reduce_sums(strip: Any, count: int, start: int, state: Any) -> None:
-    """Add each row of `strip` to the lanes `state[0][row]`; `state[1]` holds ones."""
-    sums, ones = state
+def _reduce_sums(strip: Any, count: int, start: int, sums: Any) -> None:
+    """Add each row of `strip` to the lanes `sums[row]`."""
     for row in range(strip.shape[0]):
-        _dot(strip[row], ones, count, sums[row])
+        _total(strip[row], count, sums[row])
 
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _reduce_gram(strip: Any, count: int, start: int, state: Any) -> None:
-    """Add the inner products of the rows (upper triangle, row by row) to the lanes `state[0][pair]`."""
-    sums, _ = state
+def _reduce_gram(strip: Any, count: int, start: int, sums: Any) -> None:
+    """Add the inner products of the rows (upper triangle, row by row) to the lanes `sums[pair]`."""
     pair = 0
     for row in range(strip.shape[0]):
         for column in range(row, strip.shape[0]):
@@ -324,8 +323,8 @@ def _reduce_histogram(strip: Any, count: int, start: int, state: Any) -> None:
             larger += keys[position] >= high
         above[window] += larger
         for position in range(count):
-            distance = types.int64(keys[position]) - low
-            if 0 <= distance < width:
+            distance = keys[position] - low  # unsigned: a smaller key is a huge distance
+            if distance < width:
                 table[distance >> shift] += 1
 
 
@@ -372,9 +371,10 @@ def fill_draws(key: int, start: int, words: Any) -> None:
     no state, so a draw is the same for any chunking, thread count and device.
     """
     gamma = types.uint64(0x9E3779B97F4A7C15)
-    first = types.uint64(start) >> types.uint64(1)
+    state = types.uint64(key) + ((types.uint64(start) >> types.uint64(1)) + types.uint64(1)) * gamma
     for pair in range(words.size):
-        word = types.uint64(key) + (first + types.uint64(pair) + types.uint64(1)) * gamma
+        word = state
+        state = state + gamma
         word = (word ^ (word >> types.uint64(30))) * types.uint64(0xBF58476D1CE4E5B9)
         word = (word ^ (word >> types.uint64(27))) * types.uint64(0x94D049BB133111EB)
         words[pair] = word ^ (word >> types.uint64(31))
