@@ -16,6 +16,8 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
+_MOST_PROBLEMS = 50
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: the library sees it as the interruption that it is."""
@@ -42,9 +44,14 @@ def readable_errors() -> Iterator[None]:
     with _terminations_as_interrupts(signals):
         try:
             yield
+            # Here a reader that has gone away is an exception; on the interpreter's way out it would be noise.
+            sys.stdout.flush()
         except GraftworkError as error:
-            for problem in error.problems or (str(error),):
+            problems = error.problems or (str(error),)
+            for problem in problems[:_MOST_PROBLEMS]:
                 tell(f"error: {problem}")
+            if len(problems) > _MOST_PROBLEMS:
+                tell(f"error: and {len(problems) - _MOST_PROBLEMS} more problems")
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             tell("stopped")

@@ -924,7 +924,8 @@ def numpy_values(dtype: str, data: bytes | bytearray | memoryview) -> np.ndarray
     if dtype == "F8_E5M2":
         return (np.frombuffer(data, "u1").astype(np.uint16) << 8).view(np.float16).astype(np.float32)
     if dtype == "F8_E4M3":
-        return _e4m3_values()[np.frombuffer(data, "u1")]
+        values: np.ndarray[Any, np.dtype[Any]] = _e4m3_values()[np.frombuffer(data, "u1")]
+        return values
     return None
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 BITS = MappingProxyType(
     {
         "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-        "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+        "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+        "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
         "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
     }
 )  # fmt: skip
@@ -18,7 +21,7 @@ BITS = MappingProxyType(
 MERGEABLE = ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64")
 """Dtypes whose values are merged; all others are copied byte for byte."""
 
-RAW = MappingProxyType(
+RAW: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {"F8_E4M3": np.dtype(np.uint8), "F8_E5M2": np.dtype(np.int8), "BF16": np.dtype(np.uint16),
      "F16": np.dtype(np.int16), "F32": np.dtype(np.float32), "F64": np.dtype(np.float64)}
 )  # fmt: skip

@@ -129,7 +129,7 @@ class Step:
         return any(item.entry.dtype == "F64" for item in self.inputs)
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - nothing has gone wrong
     """The run was asked to stop."""
 
 
@@ -151,7 +151,7 @@ class _Buffers(threading.local):
 
 
 @dataclass(slots=True)
-class _Bound:
+class Bound:
     """A formula's parameters, sorted by how a kernel takes them."""
 
     specification: tuple[tuple[str, int, bool], ...]
@@ -177,13 +177,15 @@ class _Bound:
         )
 
 
-def _bind(parameters: Mapping[str, Any], precision: str) -> _Bound:
+def bind(parameters: Mapping[str, Any], precision: str) -> Bound:
+    """Return a formula's parameters sorted by how a kernel of this precision takes them."""
     number = np.float32 if precision == "float32" else np.float64
     specification: list[tuple[str, int, bool]] = []
     literals: list[tuple[str, Any]] = []
     values: list[Any] = []
     makers: dict[str, PerElement] = {}
-    streams, keys = "", ()
+    streams = ""
+    keys: tuple[Any, ...] = ()
     borders: set[int] = set()
 
     def typed(value: Any) -> Any:
@@ -204,7 +206,9 @@ def _bind(parameters: Mapping[str, Any], precision: str) -> _Bound:
         elif isinstance(value, tuple):
             whole = all(isinstance(item, int) for item in value)
             specification.append((name, len(value), not whole))
-            items = tuple(typed(item) if whole or isinstance(item, np.generic | Cut) else number(item) for item in value)
+            items = tuple(
+                typed(item) if whole or isinstance(item, np.generic | Cut) else number(item) for item in value
+            )
             borders.update(item.index + 1 for item in items if isinstance(item, Cut))
             values.append(items)
         else:
@@ -213,13 +217,19 @@ def _bind(parameters: Mapping[str, Any], precision: str) -> _Bound:
             if isinstance(value, Cut):
                 borders.add(value.index + 1)
     ordered = tuple(sorted(borders))
-    bound = _Bound(
-        tuple(specification), tuple(literals), tuple(values), tuple(makers), tuple(makers.values()), streams, keys, ordered
+    return Bound(
+        tuple(specification),
+        tuple(literals),
+        tuple(values),
+        tuple(makers),
+        tuple(makers.values()),
+        streams,
+        keys,
+        ordered,
     )
-    return bound
 
 
-def _parts(start: int, stop: int, borders: Sequence[int]) -> Iterator[tuple[int, int]]:
+def parts(start: int, stop: int, borders: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield [start, stop) cut at the borders within it."""
     for border in borders:
         if start < border < stop:
@@ -264,6 +274,7 @@ class Engine:
         self.span = span
         self.buffers = _Buffers()
         self.stopping = threading.Event()
+        self.piece = BLOCK
         self._pool: ThreadPoolExecutor | None = None
 
     # ------------------------------------------------------------ scheduling
@@ -352,17 +363,15 @@ class Engine:
         def digest(number: int) -> bytes:
             item = inputs[number]
             block = max(1, BLOCK * dtypes.BITS[item.entry.dtype] // 8)
-            digests = []
+            digests: list[bytes] = []
             for offset in range(0, item.entry.size, block):
-                data = memoryview(self.buffers.get("copy", 0, min(block, item.entry.size - offset), np.uint8))
+                data = self.buffers.get("copy", 0, min(block, item.entry.size - offset), np.uint8).data
                 self.readers[item.model].read_into(item.entry, offset, data)
                 digests.append(xxhash.xxh3_128_digest(data))
                 self.progress(len(data))
             return tensor_digest(digests or [b""])
 
-        return {
-            (item.model, item.entry.name): digest(number) for number, item in enumerate(inputs)
-        }
+        return {(item.model, item.entry.name): digest(number) for number, item in enumerate(inputs)}
 
     # ------------------------------------------------------------ one group of steps
 
@@ -380,7 +389,14 @@ class Engine:
                 self._finish(step, self._copy(step, parallel) if step.elements else nothing)
                 continue
             group = Group(
-                step.name, step.shape, total, len(step.models), step.base is not None, step.wide, step.streams, step.notes
+                step.name,
+                step.shape,
+                total,
+                len(step.models),
+                step.base is not None,
+                step.wide,
+                step.streams,
+                step.notes,
             )
             programs.append((step, step.program(group)))
         for step, last in self._drive(programs, parallel):
@@ -436,10 +452,10 @@ class Engine:
         for number, item in enumerate(step.inputs):
             dtype = dtypes.RAW[item.entry.dtype]
             words = self.buffers.get("read", number, stop - start, dtype)
-            view = memoryview(words.view(np.uint8))
+            view = words.view(np.uint8).data
             self.readers[item.model].read_into(item.entry, start * dtype.itemsize, view)
             if digests is not None:
-                digests[number].append(xxhash.xxh3_128_digest(view))
+                digests[number].extend(_block_digests(words))
             arrays.append(words)
             self.progress(len(view))
         return arrays
@@ -455,7 +471,7 @@ class Engine:
         for item in step.inputs:
             dtype = dtypes.RAW[item.entry.dtype]
             words = np.empty(stop - start, dtype)
-            self.readers[item.model].read_into(item.entry, start * dtype.itemsize, memoryview(words.view(np.uint8)))
+            self.readers[item.model].read_into(item.entry, start * dtype.itemsize, words.view(np.uint8).data)
             values = _widen(words, np.float64)
             bad = np.flatnonzero(~np.isfinite(values))
             if bad.size:
@@ -488,9 +504,9 @@ class Engine:
         piece = self.span // BLOCK * block
 
         def copy(number: int) -> list[bytes]:
-            digests = []
+            digests: list[bytes] = []
             first, last = number * piece, min(size, (number + 1) * piece)
-            data = memoryview(self.buffers.get("copy", 0, last - first, np.uint8))
+            data = self.buffers.get("copy", 0, last - first, np.uint8).data
             self.readers[item.model].read_into(item.entry, first, data)
             for position in range(0, len(data), block):
                 digests.append(xxhash.xxh3_128_digest(data[position : position + block]))
@@ -513,7 +529,7 @@ class Engine:
             first, last = number * self.span, min(elements, (number + 1) * self.span)
             output = self.buffers.get("write", 0, last - first, raw)
             inputs: list[list[bytes]] = [[] for _ in step.inputs]
-            digests = []
+            digests: list[bytes] = []
             for start, stop, slices in self._pieces(step, first, last, evaluate.makers, inputs):
                 words = output[start - first : stop - first]
                 flags = evaluate(slices, start, words)
@@ -522,7 +538,7 @@ class Engine:
                 elif flags:
                     self._refuse_output(step, words, start)
                 digests.extend(_block_digests(words))
-            data = memoryview(output.view(np.uint8))
+            data = output.view(np.uint8).data
             self.sink.write(step.name, first * raw.itemsize, data)
             self.progress(len(data))
             return digests, inputs
@@ -537,23 +553,23 @@ class Engine:
         makers: Sequence[PerElement] = (),
         digests: list[list[bytes]] | None = None,
     ) -> Iterator[tuple[int, int, tuple[list[Array], list[Array]]]]:
-        """Yield (start, stop, (words of every input, per-element parameters)) over blocks of [first, last)."""
+        """Yield (start, stop, (words of every input, per-element parameters)) over pieces of [first, last)."""
         if not makers:
-            for start in range(first, last, BLOCK):
-                stop = min(last, start + BLOCK)
+            for start in range(first, last, self.piece):
+                stop = min(last, start + self.piece)
                 yield start, stop, (self._read(step, start, stop, digests), [])
             return
         unit = _slice_size(step.shape)
         low = first - first % unit
         high = min(step.elements, -(-last // unit) * unit)
         columns = self._columns(step, low, high, makers)
-        for start in range(first, last, BLOCK):
-            stop = min(last, start + BLOCK)
+        for start in range(first, last, self.piece):
+            stop = min(last, start + self.piece)
             words = self._read(step, start, stop, digests)
             yield start, stop, (words, [column[start - low : stop - low] for column in columns])
 
     def _columns(self, step: Step, low: int, high: int, makers: Sequence[PerElement]) -> list[Array]:
-        """Return the per-element parameters of elements [low, high), whole slices: one array per parameter and model."""
+        """Return the per-element parameters of elements [low, high), whole slices: an array per parameter and model."""
         models, base = self._slices(step, low, high)
         return [
             np.ascontiguousarray(made).reshape(-1)
@@ -562,7 +578,7 @@ class Engine:
         ]
 
     def _evaluator(self, step: Step, formula: Any, parameters: Mapping[str, Any], precision: str) -> _Evaluator:
-        bound = _bind(parameters, precision)
+        bound = bind(parameters, precision)
         return _Evaluator(step, formula, bound, precision, self.buffers, fuse=self.fuse)
 
     def _slices(self, step: Step, low: int, high: int) -> tuple[Array, Array | None]:
@@ -574,7 +590,7 @@ class Engine:
         for item in step.inputs:
             dtype = dtypes.RAW[item.entry.dtype]
             words = np.empty(high - low, dtype)
-            self.readers[item.model].read_into(item.entry, low * dtype.itemsize, memoryview(words.view(np.uint8)))
+            self.readers[item.model].read_into(item.entry, low * dtype.itemsize, words.view(np.uint8).data)
             self.progress(words.nbytes)
             wide = _widen(words, target)
             if not np.isfinite(wide).all():
@@ -619,7 +635,7 @@ class Engine:
         words = np.empty(values.size, raw)
         if _kernels().encode(values, words):
             self._refuse_output(step, words, start)
-        self.sink.write(step.name, start * raw.itemsize, memoryview(words.view(np.uint8)))
+        self.sink.write(step.name, start * raw.itemsize, words.view(np.uint8).data)
         self.progress(words.nbytes)
 
     def _rehash(self, step: Step, parallel: bool) -> tuple[list[bytes], list[list[bytes]]]:
@@ -630,12 +646,12 @@ class Engine:
         def hash_span(number: int) -> tuple[list[bytes], list[list[bytes]]]:
             first, last = number * self.span, min(step.elements, (number + 1) * self.span)
             inputs: list[list[bytes]] = [[] for _ in step.inputs]
-            digests = []
+            digests: list[bytes] = []
             for start in range(first, last, BLOCK):
                 stop = min(last, start + BLOCK)
                 self._read(step, start, stop, inputs)
                 words = self.buffers.get("write", 0, stop - start, raw)
-                reread(step.name, start * raw.itemsize, memoryview(words.view(np.uint8)))
+                reread(step.name, start * raw.itemsize, words.view(np.uint8).data)
                 digests.extend(_block_digests(words))
             return digests, inputs
 
@@ -688,7 +704,7 @@ class Engine:
         each: bool,
         dtype: Any = np.float64,
     ) -> _Reducer:
-        bound = _bind(parameters, "float64")
+        bound = bind(parameters, "float64")
         return _Reducer(step, formula, bound, reducer, terms, each, self.buffers, dtype, fuse=self.fuse)
 
     def _row_table(self, step: Step, request: RowTable, parallel: bool) -> Array:
@@ -911,7 +927,9 @@ def _rank(keys: Array, rank: int) -> tuple[int, int]:
 class _Evaluator:
     """Calls the kernel of a formula that writes the output, decoding and encoding around it where it is not fused."""
 
-    def __init__(self, step: Step, formula: Any, bound: _Bound, precision: str, buffers: _Buffers, *, fuse: bool) -> None:
+    def __init__(
+        self, step: Step, formula: Any, bound: Bound, precision: str, buffers: _Buffers, *, fuse: bool
+    ) -> None:
         self.makers = bound.makers
         self.bound = bound
         self.buffers = buffers
@@ -956,7 +974,7 @@ class _Evaluator:
         if not self.bound.borders:
             return int(self.kernel(*arrays, start, *self.bound.values, *extra, output))
         flags = 0
-        for low, high in _parts(start, start + output.size, self.bound.borders):
+        for low, high in parts(start, start + output.size, self.bound.borders):
             pieces = [array[low - start : high - start] for array in arrays]
             flags |= self.kernel(*pieces, low, *self.bound.at(low), *extra, output[low - start : high - start])
         return flags
@@ -969,7 +987,7 @@ class _Reducer:
         self,
         step: Step,
         formula: Any,
-        bound: _Bound,
+        bound: Bound,
         reducer: str,
         terms: int,
         each: bool,
@@ -1026,13 +1044,13 @@ class _Reducer:
         keys = strip if self.sums else strip.view(self.keys)
         extra = _extra(self.bound, self.buffers)
         flags = 0
-        for low, high in _parts(start, start + arrays[0].size, self.bound.borders):
+        for low, high in parts(start, start + arrays[0].size, self.bound.borders):
             pieces = [array[low - start : high - start] for array in arrays] if self.bound.borders else arrays
             flags |= self.kernel(*pieces, low, *self.bound.at(low), *extra, strip, keys, state)
         return flags
 
 
-def _extra(bound: _Bound, buffers: _Buffers) -> tuple[Any, ...]:
+def _extra(bound: Bound, buffers: _Buffers) -> tuple[Any, ...]:
     """Return what a kernel with random words needs besides: the keys, and room for a strip of words."""
     if not bound.streams:
         return ()
@@ -1060,7 +1078,7 @@ def _slice_size(shape: tuple[int, ...]) -> int:
 
 def _block_digests(words: Array) -> Iterator[bytes]:
     for start in range(0, words.size, BLOCK):
-        yield xxhash.xxh3_128_digest(memoryview(words[start : start + BLOCK].view(np.uint8)))
+        yield xxhash.xxh3_128_digest(words[start : start + BLOCK].view(np.uint8).data)
 
 
 def _join(parts: list[tuple[list[bytes], list[list[bytes]]]], inputs: int) -> tuple[list[bytes], list[list[bytes]]]:

@@ -42,7 +42,7 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True
 
 
 def _bitcast(result: Any, argument: Any) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def cast(typing_context: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.bitcast(arguments[0], context.get_value_type(result))
@@ -58,7 +58,7 @@ _float64_of_bits = _bitcast(types.float64, types.uint64)
 _bits_of_float64 = _bitcast(types.uint64, types.float64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _half_to_float32(typing_context: Any, word: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         from llvmlite import ir
@@ -68,7 +68,7 @@ def _half_to_float32(typing_context: Any, word: Any) -> Any:
     return types.float32(types.int16), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _float32_to_half(typing_context: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         from llvmlite import ir
@@ -124,7 +124,7 @@ def _load(word: Any) -> Any:
     return None
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _round_to_odd(value: float) -> Any:
     """Return a float32 from which a further rounding to fewer bits gives what one rounding of `value` would."""
     near = np.float32(value)
@@ -135,14 +135,14 @@ def _round_to_odd(value: float) -> Any:
     return _float32_of_bits(bits)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _to_bfloat16(value: Any) -> Any:
     bits = _bits_of_float32(value)
     rounded = (bits + types.uint32(0x7FFF) + ((bits >> types.uint32(16)) & types.uint32(1))) >> types.uint32(16)
     return types.uint16(rounded) if value == value else types.uint16(0x7FC0)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _to_float8(value: Any, mantissa_bits: int, bias: int, largest: int) -> Any:
     """Round to nearest even; beyond the largest number comes the next code, which is NaN (e4m3) or infinity (e5m2)."""
     bits = _bits_of_float32(value)
@@ -273,7 +273,7 @@ LANES = 16
 
 
 def _lanes_of(name: str, arguments: str, term: str) -> Any:
-    """Return a compiled sum of `term` over i whose partial sums are local variables, which compilers keep in registers."""
+    """Return a compiled sum of `term` over i whose partial sums are local variables, kept in registers."""
     lanes = range(LANES)
     lines = [f"def {name}({arguments}, count, lane):", f"    whole = count - count % {LANES}"]
     lines += [f"    s{n} = lane[{n}]" for n in lanes]
@@ -290,14 +290,14 @@ _total = _lanes_of("total", "values", "values[i]")
 _dot = _lanes_of("dot", "left, right", "left[i] * right[i]")
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")
 def _reduce_sums(strip: Any, count: int, start: int, sums: Any) -> None:
     """Add each row of `strip` to the lanes `sums[row]`."""
     for row in range(strip.shape[0]):
         _total(strip[row], count, sums[row])
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")
 def _reduce_gram(strip: Any, count: int, start: int, sums: Any) -> None:
     """Add the inner products of the rows (upper triangle, row by row) to the lanes `sums[pair]`."""
     pair = 0
@@ -307,7 +307,7 @@ def _reduce_gram(strip: Any, count: int, start: int, sums: Any) -> None:
             pair += 1
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")
 def _reduce_histogram(strip: Any, count: int, start: int, state: Any) -> None:
     """Count keys in each window: `state` = (counts, above, key row, lowest key, bins, shift), one entry per window."""
     counts, above, rows, lows, widths, shifts = state
@@ -328,7 +328,7 @@ def _reduce_histogram(strip: Any, count: int, start: int, state: Any) -> None:
                 table[distance >> shift] += 1
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")
 def _reduce_equals(strip: Any, count: int, start: int, state: Any) -> None:
     """Count keys equal to each window's key: `state` = (counts, key row, key)."""
     counts, rows, targets = state
@@ -341,7 +341,7 @@ def _reduce_equals(strip: Any, count: int, start: int, state: Any) -> None:
         counts[window] += hits
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")
 def _reduce_find(strip: Any, count: int, start: int, state: Any) -> None:
     """Find the index of the n-th key equal to a target: `state` = (counts so far, found, key row, key, n)."""
     counts, found, rows, targets, wanted = state
@@ -354,7 +354,7 @@ def _reduce_find(strip: Any, count: int, start: int, state: Any) -> None:
                     found[window] = start + position
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")
 def _reduce_collect(strip: Any, count: int, start: int, state: Any) -> None:
     """Copy the keys: `state` = (target, index of the target's first element)."""
     target, origin = state
@@ -363,12 +363,12 @@ def _reduce_collect(strip: Any, count: int, start: int, state: Any) -> None:
             target[row, start - origin + position] = strip[row, position]
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")
 def fill_draws(key: int, start: int, words: Any) -> None:
     """Fill `words` with the 32-bit draws of elements from `start` (even) on.
 
-    Each SplitMix64 output `mix(key + (index // 2 + 1) * gamma)` serves two elements, the low half the even one. There is
-    no state, so a draw is the same for any chunking, thread count and device.
+    Each SplitMix64 output `mix(key + (index // 2 + 1) * gamma)` serves two elements, the low half the even one. There
+    is no state, so a draw is the same for any chunking, thread count and device.
     """
     gamma = types.uint64(0x9E3779B97F4A7C15)
     state = types.uint64(key) + ((types.uint64(start) >> types.uint64(1)) + types.uint64(1)) * gamma
@@ -393,7 +393,7 @@ REDUCERS: dict[str, Any] = {
 # ---------------------------------------------------------------- conversions
 
 
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@njit(**_OPTIONS)
 def decode(words: Any, values: Any) -> int:
     """Widen raw words into float32 or float64; return 1 if one of them is not finite, else 0."""
     bad = False
@@ -404,7 +404,7 @@ def decode(words: Any, values: Any) -> int:
     return 1 if bad else 0
 
 
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@njit(**_OPTIONS)
 def encode(values: Any, words: Any) -> int:
     """Round float32 or float64 values once into raw words; return 2 if one of these is not finite, else 0."""
     bad = False
@@ -602,8 +602,6 @@ def kernel(
         f"STRIP = {STRIP}\n" + (f'reduce = REDUCERS["{reducer}"]\n' if reducer else "")
     )
     tail = '\nkernel = njit(nogil=True, error_model="numpy", cache=True)(kernel)\n'
-    key = hashlib.sha256(
-        _stamp().encode() + head.encode() + body.encode()
-    ).hexdigest()[:24]
+    key = hashlib.sha256(_stamp().encode() + head.encode() + body.encode()).hexdigest()[:24]
     module = _module(head + body + tail, key)
     return module.kernel

@@ -22,7 +22,9 @@ class MemoryCheckpoint:
     """Tensors in memory, readable like a file: raw words (see `dtypes.RAW`) with their dtype's code by name."""
 
     def __init__(self, tensors: Mapping[str, tuple[str, Array]]) -> None:
-        self._bytes = {name: memoryview(np.ascontiguousarray(words).reshape(-1).view(np.uint8)) for name, (_, words) in tensors.items()}
+        self._bytes = {
+            name: np.ascontiguousarray(words).reshape(-1).view(np.uint8).data for name, (_, words) in tensors.items()
+        }
         self.tensors = {
             name: TensorEntry(name, dtype, words.shape, Path(), 0, words.nbytes)
             for name, (dtype, words) in tensors.items()
@@ -38,7 +40,7 @@ class MemorySink:
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.words = {step.name: np.empty(step.shape, dtypes.RAW[step.dtype]) for step in steps}
-        self._bytes = {name: memoryview(words.reshape(-1).view(np.uint8)) for name, words in self.words.items()}
+        self._bytes = {name: words.reshape(-1).view(np.uint8).data for name, words in self.words.items()}
         self.digests: dict[str, bytes] = {}
         self.input_digests: dict[tuple[int, str], bytes] = {}
 
@@ -104,8 +106,11 @@ def merge_arrays(
     span: int = SPAN,
     streams: Sequence[int] | None = None,
     parameters: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Array]:
     """Merge mappings from tensor names to (dtype code, raw words) and return the merged raw words.
+
+    `device` is a torch device; "torch:cpu" runs the formulas on CPU tensors instead of compiling them.
 
     Raises:
         GraftworkError: The method or its parameters are wrong, or the values cannot be merged.
@@ -135,5 +140,10 @@ def merge_arrays(
         )
     sink = MemorySink(steps)
     labels = [f"model {number}" for number in range(len(models))] + ["the base"]
-    Engine(readers, sink, labels, threads=threads, fuse=fuse, span=span).run(steps)
+    if device == "cpu":
+        Engine(readers, sink, labels, threads=threads, fuse=fuse, span=span).run(steps)
+    else:
+        from graftwork.merge.device import DeviceEngine
+
+        DeviceEngine(readers, sink, labels, device=device.removeprefix("torch:"), threads=threads).run(steps)
     return sink.words

@@ -102,7 +102,7 @@ def everything(wide: bool) -> Cut:
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """The keys of the models' random streams; as a formula's parameter, one random 32-bit word per element and model."""
+    """The keys of the models' random streams; as a formula's parameter, a random 32-bit word per element and model."""
 
     keys: tuple[int, ...]
 
@@ -124,8 +124,9 @@ class Select:
 
 @dataclass(frozen=True, slots=True)
 class RowTable:
-    """Ask for one float64 value per row: `function(models, base)` gets float64 arrays (models, rows, columns), (rows,
-    columns) and returns (rows,). Rows run along the last axis.
+    """Ask for one float64 value per row; rows run along the last axis.
+
+    `function(models, base)` gets float64 arrays (models, rows, columns) and (rows, columns), and returns (rows,).
     """
 
     function: Callable[..., Any]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -30,8 +30,16 @@ from graftwork.merge.writer import OutputTensor
 
 OnMismatch = Literal["error", "base", "skip"]
 
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_TOP_HEADS = (*_HEADS, "output.weight")
+"""What the head is called at the root of a model; deeper inside, `output` is part of a layer."""
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
 
 _UNALIGNED = 0.5
 """Below this cosine between the weights of two models, they hardly come from one ancestor."""
@@ -42,7 +50,7 @@ class Options:
     """How a recipe is carried out, as far as it decides the result.
 
     Args:
-        on_mismatch: What to do with a tensor whose shapes differ: stop, take the base's (or the donor's), or leave it out.
+        on_mismatch: What to do with a tensor whose shapes differ: stop, take the base's or the donor's, or leave it out.
         on_missing: The same for a tensor that some models lack.
         allow_pickle: Read `.pt` and `.bin` files.
         allow_architectures: Merge models whose configurations name different architectures.
@@ -180,7 +188,7 @@ class Plan:
 
     def labels_by_text(self) -> dict[str, str]:
         """Return the label of each model reference by the text it has in the recipe."""
-        places = {reference: label for reference, label in zip(self.recipe.inputs, self.labels, strict=True)}
+        places = dict(zip(self.recipe.inputs, self.labels, strict=True))
         texts: dict[str, str] = {}
         for group in self.recipe.slices:
             for source in group.sources:
@@ -214,9 +222,7 @@ def canonical_recipe(recipe: Recipe, labels: Mapping[str, str]) -> str:
     )
 
 
-def make_plan(
-    recipe: Recipe, options: Options | None = None, *, steps: Mapping[str, Path] | None = None
-) -> Plan:
+def make_plan(recipe: Recipe, options: Options | None = None, *, steps: Mapping[str, Path] | None = None) -> Plan:
     """Open the inputs of a recipe and plan its merge.
 
     Args:
@@ -275,7 +281,7 @@ class _Planner:
         self.stacks = [find_stacks(checkpoint.tensors) for checkpoint in self.checkpoints]
         self.untied = False
         self._resolved: dict[tuple[int, str, int, str, float], Any] = {}
-        self._failed: set[str] = set()
+        self._failed: dict[str, list[str]] = {}
 
     def plan(self) -> Plan:
         try:
@@ -300,7 +306,7 @@ class _Planner:
         if self.problems:
             raise MismatchError(*self.problems)
         if self._failed:
-            raise RecipeError(sorted(self._failed))
+            raise RecipeError([problem + _about(names) for problem, names in sorted(self._failed.items())])
         if not self.steps:
             raise MismatchError("cannot merge: the inputs hold no tensors")
         order = {name: place for place, name in enumerate(weights_order(step.name for step in self.steps))}
@@ -349,7 +355,9 @@ class _Planner:
             for k in range(count):
                 suffixes: dict[str, None] = {}
                 for source in group.sources:
-                    suffixes.update(dict.fromkeys(self._suffixes(source.model, stack.prefix, ranges[source.model][0] + k)))
+                    suffixes.update(
+                        dict.fromkeys(self._suffixes(source.model, stack.prefix, ranges[source.model][0] + k))
+                    )
                 for suffix in suffixes:
                     names = {
                         source.model: stack.tensor(ranges[source.model][0] + k, suffix) for source in group.sources
@@ -374,7 +382,9 @@ class _Planner:
         """Return the stack whose layers are sliced: the only one that all inputs have."""
         used = [source.model for group in self.recipe.slices for source in group.sources]
         common = [
-            prefix for prefix in self.stacks[self.places[used[0]]] if all(prefix in self.stacks[self.places[m]] for m in used)
+            prefix
+            for prefix in self.stacks[self.places[used[0]]]
+            if all(prefix in self.stacks[self.places[m]] for m in used)
         ]
         if len(common) > 1:
             text = [prefix for prefix in common if "language_model" in prefix or "text" in prefix]
@@ -451,7 +461,7 @@ class _Planner:
 
     def _tied(self, reference: ModelReference, name: str) -> TensorEntry | None:
         """Return the embedding that stands for a head which a model with tied embeddings does not store."""
-        if not name.endswith(_HEADS):
+        if name not in _TOP_HEADS and not _ends_with(name, _HEADS):
             return None
         place = self.places[reference]
         config = self.checkpoints[place].config or {}
@@ -459,13 +469,13 @@ class _Planner:
         flag = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
         if flag is not True:
             return None
-        found = [entry for key, entry in self.checkpoints[place].tensors.items() if key.endswith(_EMBEDDINGS)]
+        found = [entry for key, entry in self.checkpoints[place].tensors.items() if _ends_with(key, _EMBEDDINGS)]
         if len(found) != 1:
             return None
         if not self.untied:
             self.warnings.append(
-                f"{self.labels[place]} ties its head to the embedding and another input does not: the output has a head "
-                "of its own"
+                f"{self.labels[place]} ties its head to the embedding and another input does not: the output "
+                "has a head of its own"
             )
         self.untied = True
         return found[0]
@@ -528,7 +538,7 @@ class _Planner:
         shapes = ", ".join(f"{self.labels[self.places[ref]]} has {list(entry.shape)}" for ref, entry in held.items())
         if self.options.on_mismatch == "error":
             self.problems.append(
-                f'cannot merge "{wanted.name}": {shapes}; leave it unmerged with `exclude: ["{wanted.name}"]`, or choose '
+                f'cannot merge "{wanted.name}": {shapes}; leave it unmerged with `exclude: ["{wanted.name}"]`, or use '
                 "--on-mismatch base or --on-mismatch skip"
             )
         elif self.options.on_mismatch == "skip":
@@ -565,7 +575,7 @@ class _Planner:
             return
         problem = self.method.problem(**values) if sources else None
         if problem:
-            self._failed.add(f'{self.recipe.method} on "{wanted.name}": {problem}')
+            self._failed.setdefault(f"{self.recipe.method}: {problem}", []).append(wanted.name)
             return
         inputs = tuple(Input(self.places[source.model], held[source.model]) for source in sources)
         base_input = Input(self.places[base], held[base]) if base is not None else None
@@ -608,7 +618,7 @@ class _Planner:
                         value = self.options.seed
                     values[parameter.keyword] = value
             except ParameterProblem as problem:
-                self._failed.add(f"{problem} (for {wanted.name.split('.')[0]}…)" if False else str(problem))
+                self._failed.setdefault(str(problem), [])
                 return None
         return values
 
@@ -671,7 +681,7 @@ class _Planner:
 
     def _check_kinship(self) -> None:
         """Warn if the weights of two models point in unrelated directions: they do not come from one ancestor."""
-        steps = [step for step in self.merged_matrices()][:16]
+        steps = self.merged_matrices()[:16]
         count = max((len(step.inputs) for step in steps), default=0)
         if count < 2 or self.recipe.sliced:
             return
@@ -697,7 +707,9 @@ class _Planner:
 
     def merged_matrices(self) -> list[Step]:
         """Return the steps that merge matrices, largest first."""
-        steps = [step for step in self.steps if step.program is not None and len(step.shape) >= 2 and len(step.inputs) > 1]
+        steps = [
+            step for step in self.steps if step.program is not None and len(step.shape) >= 2 and len(step.inputs) > 1
+        ]
         return sorted(steps, key=lambda step: -step.elements)
 
     def _sample(self, item: Input) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -754,9 +766,21 @@ class _Planner:
         return edited
 
 
+def _ends_with(name: str, ends: Iterable[str]) -> bool:
+    """Return whether the last parts of a tensor's name are one of `ends`."""
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
 def is_buffer(name: str) -> bool:
     """Return whether a tensor is a buffer that a model can compute itself, so that files may or may not hold it."""
-    return name.rsplit(".", 1)[-1] in {"inv_freq", "position_ids", "masked_bias", "rotary_emb", "cos_cached", "sin_cached"}
+    return name.rsplit(".", 1)[-1] in {
+        "inv_freq",
+        "position_ids",
+        "masked_bias",
+        "rotary_emb",
+        "cos_cached",
+        "sin_cached",
+    }
 
 
 def donor_files(plan: Plan) -> dict[str, Path]:
@@ -765,6 +789,14 @@ def donor_files(plan: Plan) -> dict[str, Path]:
     if folder is None:
         return {}
     return {str(name): folder / name for name in side_files(folder, copy_tokenizer=plan.options.copy_tokenizer)}
+
+
+def _about(names: Sequence[str]) -> str:
+    """Return which tensors a problem is about, or nothing if it is about all of a kind."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f' (for "{names[0]}"{more})'
 
 
 def _labels(references: Sequence[ModelReference]) -> list[str]:

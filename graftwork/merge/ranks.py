@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 
-@njit(nogil=True, error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy", cache=True)
 def _radix_ranks(keys: Any, digits: int, ranks: Any) -> None:
     rows, length = keys.shape
     order = np.empty(length, np.int32)

@@ -6,13 +6,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from graftwork.merge import lineage
 from graftwork.merge.card import model_card
-from graftwork.merge.checkpoint import content_digest, tensor_digest
-from graftwork.merge.engine import FUSE_ABOVE, SPAN, Engine, Input, Stopped
+from graftwork.merge.checkpoint import content_digest
+from graftwork.merge.engine import FUSE_ABOVE, Engine, Stopped
 from graftwork.merge.errors import GraftworkError, RecipeError
 from graftwork.merge.plan import Options, Plan, canonical_recipe, donor_files, make_plan
 from graftwork.merge.recipe import RecipeFile, load_recipe
@@ -21,7 +21,7 @@ from graftwork.merge.writer import CheckpointWriter, check_output
 RECIPE_NAME = "graftwork_recipe.yml"
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - nothing has gone wrong
     """The user stopped the run; what is finished stays for a later run to go on with."""
 
 
@@ -119,7 +119,7 @@ def merge(
     """
     file = recipe if isinstance(recipe, RecipeFile) else load_recipe(recipe)
     chosen = settings or Settings()
-    chosen = Settings(**{**_fields(chosen), "force": force or chosen.force, "threads": threads or chosen.threads})
+    chosen = replace(chosen, force=force or chosen.force, threads=threads or chosen.threads)
     target = Path(out)
     every = [reference.path for item in file.recipes for reference in item.inputs if reference.path is not None]
     check_output(target, force=chosen.force, inputs=every)
@@ -131,8 +131,6 @@ def merge(
     for item in file.recipes:
         last = item is file.recipes[-1]
         place = target if last and not all_named else root / str(item.name)
-        if item.name in named and item.dtype is None and not all_named:
-            item = _in_float32(item)
         plan = make_plan(item, options, steps=made)
         try:
             if place != target and chosen.reuse and _is_done(plan, place):
@@ -155,16 +153,6 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _fields(settings: Settings) -> dict[str, object]:
-    return {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
-
-
-def _in_float32(recipe: object) -> object:
-    from dataclasses import replace
-
-    return replace(recipe, dtype="F32")  # type: ignore[type-var]
-
-
 def _is_done(plan: Plan, place: Path) -> bool:
     """Return whether an intermediate output was made by this very plan."""
     from graftwork.merge.checkpoint import Checkpoint
@@ -180,6 +168,7 @@ def _carry_out(
     plan: Plan, out: Path, file: RecipeFile, settings: Settings, progress: Observer | None, *, force: bool
 ) -> MergeResult:
     start = time.monotonic()
+    device = _device(settings.device)
     threads = settings.threads or usable_cores()
     digest = plan.digest()
     writer = CheckpointWriter(
@@ -194,7 +183,7 @@ def _carry_out(
     try:
         steps = [step for step in plan.steps if step.name not in writer.resumed]
         count = progress(_start(plan, writer.resumed)) if progress else (lambda size: None)
-        engine = _engine(plan, writer, threads, settings.device, count)
+        engine = _engine(plan, writer, threads, device, count)
         engine.run(steps)
         inputs = {**writer.input_digests, **engine.digest_only(plan.unread)}
         output = content_digest(
@@ -225,14 +214,32 @@ def _start(plan: Plan, resumed: Collection[str]) -> Start:
     return Start(plan, plan.bytes_read + plan.bytes_written, done, len(finished))
 
 
+def _device(name: str) -> str:
+    if name == "cpu":
+        return name
+    from graftwork.merge.device import chosen_device
+
+    return chosen_device(name)
+
+
 def _engine(plan: Plan, writer: CheckpointWriter, threads: int, device: str, progress: Callable[[int], None]) -> Engine:
-    common = {"allow_nonfinite": plan.options.allow_nonfinite, "progress": progress, "span": SPAN}
+    nonfinite = plan.options.allow_nonfinite
     if device == "cpu":
-        fuse = plan.elements >= FUSE_ABOVE
-        return Engine(plan.checkpoints, writer, plan.labels, threads=threads, fuse=fuse, **common)  # type: ignore[arg-type]
+        return Engine(
+            plan.checkpoints, writer, plan.labels, threads=threads, fuse=plan.elements >= FUSE_ABOVE,
+            allow_nonfinite=nonfinite, progress=progress,
+        )  # fmt: skip
     from graftwork.merge.device import DeviceEngine
 
-    return DeviceEngine(plan.checkpoints, writer, plan.labels, device=device, threads=threads, **common)  # type: ignore[arg-type]
+    return DeviceEngine(
+        plan.checkpoints,
+        writer,
+        plan.labels,
+        device=device,
+        threads=threads,
+        allow_nonfinite=nonfinite,
+        progress=progress,
+    )
 
 
 def _metadata(plan: Plan, digest: str, inputs: Mapping[tuple[int, str], bytes], output: str) -> dict[str, str]:
@@ -261,6 +268,3 @@ def _files(
     if settings.write_card:
         files["README.md"] = model_card(plan, out.name, file.text, metadata).encode()
     return files
-
-
-__all__ = ["Input", "Interrupted", "MergeResult", "Options", "Settings", "Start", "merge", "tensor_digest"]

@@ -1,7 +1,7 @@
 """Writes an output checkpoint: beside its place, in any order, resumable, and published by a rename.
 
-Everything is written to `OUT.partial/`. The files have their final size from the start, so that a full disk shows before
-any work; headers come last, so that nothing unfinished looks like a checkpoint. A journal lists finished tensors with
+Everything is written to `OUT.partial/`. The files have their final size from the start, so that a full disk shows
+before any work; headers come last, so that nothing unfinished looks like a checkpoint. A journal lists finished tensors with
 their digests. It guards against the death of the process, not of the machine: a resumed run hashes again what it lists.
 """
 
@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -163,15 +163,20 @@ class CheckpointWriter:
                 "finish that one, or start anew with --restart"
             )
         if lines:
+            # Shards of another size, or side files of a run that stopped while publishing, are not part of this output.
+            self._clear({JOURNAL, *self.names})
             self._open_files(fresh=False)
             self._resume(lines[1:])
         else:
-            for path in self.partial.iterdir():
-                if path.name != JOURNAL:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._clear({JOURNAL})
             self._journal.truncate(0)
             self._open_files(fresh=True)
             self._note({"plan": plan_digest})
+
+    def _clear(self, kept: Collection[str]) -> None:
+        for path in self.partial.iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _claim(self) -> None:
         if not USE_LOCKS:
@@ -311,13 +316,15 @@ class CheckpointWriter:
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
             self._close()
-            (self.partial / JOURNAL).unlink()
+            # The journal goes last: a process that dies before leaves an unfinished output that can be resumed.
             if self.single_file:
                 os.replace(self.partial / self.names[0], self.out)
+                (self.partial / JOURNAL).unlink()
                 self.partial.rmdir()
             else:
                 _sync_folder(self.partial)
                 self._swap()
+                (self.out / JOURNAL).unlink()
             _sync_folder(self.out.parent)
         except OSError as error:
             raise self._error(error) from None
@@ -386,6 +393,8 @@ def check_output(out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None
     Raises:
         OutputError: It exists, is not what `force` may replace, or is or lies within an input.
     """
+    if out.name in {"", ".."}:
+        raise OutputError(f"cannot write {out}: a merge makes a folder of its own; give it a name")
     aside = _aside(out)
     if aside.exists() and not out.exists():
         os.rename(aside, out)

@@ -26,19 +26,16 @@ def divergence(models: Array, base: Array) -> Array:
     raised = q + 1e-8
     ratio = q * np.expm1(delta - c) / raised
     terms: Array = raised * ((1 + ratio) * np.log1p(ratio) - ratio)
-    return np.maximum(terms.sum(-1), 0.0)
+    result: Array = np.maximum(terms.sum(-1), 0.0)
+    return result
 
 
-def importance(
-    models: Sequence[Value], base: Value, index: Value, *, table: Any, columns: int
-) -> tuple[Value]:
+def importance(models: Sequence[Value], base: Value, index: Value, *, table: Any, columns: int) -> tuple[Value]:
     """Return the score: |d| times the divergence of the entry's row."""
     return (wide(abs(models[0] - base) * row_value(table, index, columns)),)
 
 
-def taken(
-    models: Sequence[Value], base: Value, index: Value, *, table: Any, columns: int, threshold: float
-) -> Value:
+def taken(models: Sequence[Value], base: Value, index: Value, *, table: Any, columns: int, threshold: float) -> Value:
     """Return the model's value where it matters, else the base's."""
     return where(abs(models[0] - base) * row_value(table, index, columns) >= threshold, models[0], base)
 

@@ -24,7 +24,7 @@ def stock_ratio(gram: Matrix) -> Matrix:
     mean = cosine[..., upper[0], upper[1]].mean(-1)
     below = 1.0 + (count - 1) * mean
     ratio: Matrix = np.where(below > 0, count * mean / np.where(below > 0, below, 1.0), 0.0)
-    return np.clip(ratio, 0.0, 1.0)
+    return np.minimum(np.maximum(ratio, 0.0), 1.0)
 
 
 def stock_rows(models: Matrix, base: Matrix, first: int) -> Matrix:
@@ -32,7 +32,7 @@ def stock_rows(models: Matrix, base: Matrix, first: int) -> Matrix:
     delta = np.atleast_1d(models - base) if models.ndim > 1 else (models - base)[:, None]
     gram = np.einsum("k...c,l...c->...kl", delta, delta)
     ratio = stock_ratio(gram)[..., None]
-    merged = base + (ratio * delta.mean(0)).reshape(base.shape)
+    merged: Matrix = base + (ratio * delta.mean(0)).reshape(base.shape)
     return merged
 
 
@@ -68,9 +68,21 @@ def model_stock(group: Group, *, filter_wise: bool) -> Generator[Gram, Matrix, A
     reference="https://arxiv.org/abs/1912.13445",
     parameters=(
         OPTIONAL_WEIGHT,
-        Parameter("nu", "smallest distance, relative to the largest between two models", default=1e-6, minimum=0, extension=True),
+        Parameter(
+            "nu",
+            "smallest distance, relative to the largest between two models",
+            default=1e-6,
+            minimum=0,
+            extension=True,
+        ),
         Parameter("max_iter", "most iterations", type=int, default=100, minimum=0, extension=True),
-        Parameter("scope", "distances over the whole model or tensor by tensor", type=("model", "tensor"), default="model", extension=True),
+        Parameter(
+            "scope",
+            "distances over the whole model or tensor by tensor",
+            type=("model", "tensor"),
+            default="model",
+            extension=True,
+        ),
     ),
     check=cancelling_weights,
 )

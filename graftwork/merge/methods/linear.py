@@ -32,7 +32,9 @@ def linear(group: Group, *, weight: Sequence[float], normalize: bool) -> Apply:
     base="ignored",
     formula="scale · x",
     reference="https://github.com/arcee-ai/mergekit",
-    parameters=(Parameter("scale", "factor on the values; without it the bytes are copied", default=None, per_model=True),),
+    parameters=(
+        Parameter("scale", "factor on the values; without it the bytes are copied", default=None, per_model=True),
+    ),
     models=(1, 1),
 )
 def passthrough(group: Group, *, scale: Sequence[float | None]) -> Apply:

@@ -31,9 +31,7 @@ def shared_and_unique(
     return number(changed & (count > 1), base), number(changed & (count == 1), base)
 
 
-def reinforced(
-    models: Sequence[Value], base: Value, index: Value, *, factor: Sequence[float], epsilon: float
-) -> Value:
+def reinforced(models: Sequence[Value], base: Value, index: Value, *, factor: Sequence[float], epsilon: float) -> Value:
     """Return the base plus the mean of shared changes, or the only change times its model's factor."""
     count = changes(models, base, epsilon)
     total = zeros_like(base)

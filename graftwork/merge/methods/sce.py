@@ -43,7 +43,8 @@ def energy(
 
 
 def erased(
-    models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], share: float, cut: float, mask_entries: bool,
+    models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], share: float, cut: float,
+    mask_entries: bool,
 ) -> Value:  # fmt: skip
     """Return the base plus the weighted mean of the entries that have the majority sign."""
     kept = narrow(variance(models, base, share)) >= cut
@@ -73,7 +74,7 @@ def erased(
     parameters=(
         Parameter("select_topk", "share of the varying entries that is kept", default=1.0, minimum=0, maximum=1),
         Parameter(
-            "select", "entries: merge the selected entries; weights: use the selection for the weights only, as the authors' code",
+            "select", "entries: merge the selected entries; weights: select for the weights only, as the authors' code",
             type=("entries", "weights"), default="entries", extension=True,
         ),
         INT8_MASK,

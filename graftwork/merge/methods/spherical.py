@@ -26,9 +26,9 @@ Matrix = np.ndarray[Any, np.dtype[np.float64]]
 def arc(aa: Any, ad: Any, dd: Any, t: float, *, threshold: float | None = None) -> tuple[Any, Any]:
     """Return (alpha, beta) such that alpha·a + beta·d lies at `t` on the great circle from a to a + d.
 
-    Works on scalars or arrays of the inner products ⟨a,a⟩, ⟨a,d⟩, ⟨d,d⟩. The angle comes from an arctangent, and the sum
-    sin((1-t)θ) + sin(tθ) is written as a product, so that nothing cancels near θ = 0. Linear where a direction is missing,
-    where sin θ < 1e-8, and above `threshold` of |cos θ|.
+    Works on scalars or arrays of the inner products ⟨a,a⟩, ⟨a,d⟩, ⟨d,d⟩. The angle comes from an arctangent, and the
+    sum sin((1-t)θ) + sin(tθ) is written as a product, so that nothing cancels near θ = 0. Linear where a direction is
+    missing, where sin θ < 1e-8, and above `threshold` of |cos θ|.
     """
     sine = np.sqrt(np.maximum(0.0, aa * dd - ad * ad))
     cosine = aa + ad
@@ -105,7 +105,7 @@ def arcs_of_rows(models: Matrix, base: Matrix | None, first: int, *, t: float, a
         (step * step).sum(axis, keepdims=True),
         t,
     )
-    result = (alpha * start + beta * step).reshape(models[0].shape)
+    result: Matrix = (alpha * start + beta * step).reshape(models[0].shape)
     return result if base is None else base + result
 
 
@@ -158,9 +158,7 @@ def nuslerp(
     ),
     check=lambda *, weight, normalize_weights, **_: cancelling_weights(weight=weight, normalize=normalize_weights),
 )
-def multislerp(
-    group: Group, *, weight: Sequence[float], normalize_weights: bool
-) -> Generator[Gram, Matrix, Apply]:
+def multislerp(group: Group, *, weight: Sequence[float], normalize_weights: bool) -> Generator[Gram, Matrix, Apply]:
     """Barycentre on the sphere of the models' directions, with the average of their norms."""
     gram = yield vectors(group, deltas=group.has_base)
     norms = np.sqrt(np.diag(gram))
@@ -193,9 +191,7 @@ def multislerp(
     ),
     check=cancelling_weights,
 )
-def karcher(
-    group: Group, *, weight: Sequence[float], max_iter: int, tol: float
-) -> Generator[Gram, Matrix, Apply]:
+def karcher(group: Group, *, weight: Sequence[float], max_iter: int, tol: float) -> Generator[Gram, Matrix, Apply]:
     """Riemannian mean of the models' directions, with the average of their norms."""
     gram = yield vectors(group, deltas=False)
     norms = np.sqrt(np.diag(gram))

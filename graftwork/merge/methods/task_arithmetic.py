@@ -21,9 +21,15 @@ from graftwork.merge.vocabulary import Value, distance, number, where, wide, zer
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-DENSITY = Parameter("density", "share of each task vector that is kept", default=1.0, per_model=True, minimum=0, maximum=1)
-GAMMA = Parameter("gamma", "share of the largest entries that is dropped", default=0.01, per_model=True, minimum=0, maximum=1)
-EPSILON = Parameter("epsilon", "half the spread of the keep probability over ranks", default=0.15, per_model=True, minimum=0)
+DENSITY = Parameter(
+    "density", "share of each task vector that is kept", default=1.0, per_model=True, minimum=0, maximum=1
+)
+GAMMA = Parameter(
+    "gamma", "share of the largest entries that is dropped", default=0.01, per_model=True, minimum=0, maximum=1
+)
+EPSILON = Parameter(
+    "epsilon", "half the spread of the keep probability over ranks", default=0.15, per_model=True, minimum=0
+)
 SCOPE = Parameter(
     "scope", "rank within each tensor, or over the whole model as published", type=("tensor", "model"),
     default="tensor", extension=True,
@@ -40,8 +46,8 @@ def rescale(default: bool, *more: str) -> Parameter:
 
 # ---------------------------------------------------------------- formulas
 #
-# A selection is a band of magnitudes: at least `lower`, less than `upper`. An election is held in float64, so that which
-# sign wins does not hang on rounding; the rest is float32.
+# A selection is a band of magnitudes: at least `lower`, less than `upper`. An election is held in float64, so that
+# which sign wins does not hang on rounding; the rest is float32.
 
 
 def selected_sum(
@@ -264,7 +270,7 @@ def inverse_probabilities(models: Array, base: Array, *, density: Sequence[float
 
 def _epsilon_problem(*, density: Sequence[float], epsilon: Sequence[float], **_: Any) -> str | None:
     for share, spread in zip(density, epsilon, strict=True):
-        if 0 < share < 1 and not (0 < share - spread and share + spread < 1):
+        if 0 < share < 1 and not (spread < share and share + spread < 1):
             return (
                 f"density {share:g} and epsilon {spread:g} give keep probabilities from {share - spread:g} to "
                 f"{share + spread:g}; choose epsilon below {min(share, 1 - share):g}"
