@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from dataclasses import dataclass, field
@@ -167,6 +166,7 @@ def merge(
     if re.fullmatch(r"cpu|auto|cuda(:\d+)?", device) is None:
         raise usage_error(f'--device "{device}" is none of cpu, cuda, cuda:N, auto')
     with readable_errors():
+        from graftwork.merge.device import chosen_device
         from graftwork.merge.folder import parse_size
         from graftwork.merge.plan import Options
         from graftwork.merge.run import Settings
@@ -186,7 +186,7 @@ def merge(
         )
         settings = Settings(
             threads=threads,
-            device=_usable_device("cuda" if cuda else device),
+            device=chosen_device("cuda" if cuda else device),
             max_shard_bytes=parse_size(max_shard_size),
             force=force,
             restart=restart,
@@ -230,28 +230,6 @@ def _load(recipe: Path) -> RecipeFile:
     except UnicodeDecodeError as error:
         raise RecipeError(f"stdin: is not UTF-8 text (byte {error.start})") from None
     return parse_recipe(text, source="stdin")
-
-
-def _usable_device(device: str) -> str:
-    """Return the device to compute on; `auto` becomes a GPU where there is one that can be used."""
-    from graftwork.merge.errors import DependencyError
-
-    if device == "cpu":
-        return device
-    if importlib.util.find_spec("graftwork.merge.device") is None:
-        if device == "auto":
-            return "cpu"
-        raise DependencyError(f"cannot compute on {device}: this version computes on CPUs only; leave out --device")
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return "cuda" if count else "cpu"
-    number = int(device.partition(":")[2] or 0)
-    if number >= count:
-        found = f"torch sees {plural(count, 'GPU')}" if count else "torch sees no GPU"
-        raise DependencyError(f"cannot compute on {device}: {found}; leave out --device, or use --device auto")
-    return device
 
 
 @dataclass(slots=True)

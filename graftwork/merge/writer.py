@@ -393,17 +393,17 @@ def check_output(out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None
     Raises:
         OutputError: It exists, is not what `force` may replace, or is or lies within an input.
     """
-    if out.name in {"", ".."}:
-        raise OutputError(f"cannot write {out}: a merge makes a folder of its own; give it a name")
-    aside = _aside(out)
-    if aside.exists() and not out.exists():
-        os.rename(aside, out)
     resolved = out.resolve()
     for path in inputs:
         source = path.resolve()
         if resolved == source or source in resolved.parents or resolved in source.parents:
             relation = "is" if resolved == source else "lies within" if source in resolved.parents else "contains"
             raise OutputError(f"cannot write {out}: it {relation} the input {path}; choose another place")
+    if out.name in {"", ".."}:
+        raise OutputError(f"cannot write {out}: a merge makes a folder of its own; give it a name")
+    aside = _aside(out)
+    if aside.exists() and not out.exists():
+        os.rename(aside, out)
     if not os.path.lexists(out):
         parent = next(folder for folder in (resolved.parent, *resolved.parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
