@@ -166,7 +166,6 @@ def merge(
     if re.fullmatch(r"cpu|auto|cuda(:\d+)?", device) is None:
         raise usage_error(f'--device "{device}" is none of cpu, cuda, cuda:N, auto')
     with readable_errors():
-        from graftwork.merge.device import chosen_device
         from graftwork.merge.folder import parse_size
         from graftwork.merge.plan import Options
         from graftwork.merge.run import Settings
@@ -186,7 +185,7 @@ def merge(
         )
         settings = Settings(
             threads=threads,
-            device=chosen_device("cuda" if cuda else device),
+            device="cuda" if cuda else device,
             max_shard_bytes=parse_size(max_shard_size),
             force=force,
             restart=restart,
@@ -262,7 +261,7 @@ class _Watcher:
         self.warnings += record["warnings"]
         if start.tensors_done and not self.quiet:
             tell(f"resuming: {start.tensors_done} of {plural(len(start.plan.steps), 'tensor')} are done")
-        self._progress = ByteProgress(start.size, shown=not self.quiet)
+        self._progress = ByteProgress(start.size, shown=not self.quiet, share=start.share)
         self._progress.__enter__()
         self._progress.skip(start.size_done)
         return self._progress.advance

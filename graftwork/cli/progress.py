@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -18,6 +19,7 @@ _QUIET_SECONDS = 2.0
 """A run that is over sooner shows nothing."""
 _LINE_SECONDS = 10.0
 _BAR_SECONDS = 0.2
+_TRUSTED_SHARE = 0.05
 
 
 class ByteProgress:
@@ -27,12 +29,16 @@ class ByteProgress:
         total: Bytes that will pass.
         shown: False to count silently.
         what: What is being done, in one word.
+        share: Returns how much of the result is complete, which corrects a total that was too small.
     """
 
-    def __init__(self, total: int, *, shown: bool = True, what: str = "merging") -> None:
+    def __init__(
+        self, total: int, *, shown: bool = True, what: str = "merging", share: Callable[[], float] | None = None
+    ) -> None:
         self.total = total
         self.shown = shown
         self.what = what
+        self.share = share
         self.done = 0
         self._first = 0
         self._lock = threading.Lock()
@@ -80,13 +86,19 @@ class ByteProgress:
                 return
 
     def line(self) -> str:
-        """Return the state as text: bytes, share, speed, time left."""
+        """Return the state as text: share, bytes, speed, time left."""
         seconds = max(time.monotonic() - self._start, 1e-9)
-        done = min(self.done, self.total)
+        done, total = self.done, self._expected()
         speed = (done - self._first) / seconds
-        share = 100 * done / self.total if self.total else 100.0
-        left = f", {duration((self.total - done) / speed)} left" if speed > 0 else ""
-        return f"{size(done)} of {size(self.total)} ({share:.0f} %), {size(speed)}/s{left}"
+        left = f", {duration((total - done) / speed)} left" if speed > 0 else ""
+        return f"{int(100 * done / total) if total else 100} %, {size(done)}, {size(speed)}/s{left}"
+
+    def _expected(self) -> int:
+        """Return how many bytes will have passed in the end, as far as can be told now."""
+        share = self.share() if self.share is not None else 0.0
+        # Before that, what is under way weighs too much beside what is complete.
+        total = max(self.total, int(self.done / share)) if share > _TRUSTED_SHARE else self.total
+        return max(total, self.done)
 
     def _show_bar(self) -> None:
         from rich.console import Console
@@ -101,9 +113,9 @@ class ByteProgress:
             auto_refresh=False,
         )
         with contextlib.suppress(OSError), progress:
-            bar = progress.add_task("", total=max(self.total, 1), completed=0, state="")
+            bar = progress.add_task("", total=1.0, completed=0, state="")
             while not self._over.wait(_BAR_SECONDS):
                 self._update(progress, bar)
 
     def _update(self, progress: Progress, bar: TaskID) -> None:
-        progress.update(bar, completed=min(self.done, self.total), state=self.line(), refresh=True)
+        progress.update(bar, completed=self.done / max(self._expected(), 1), state=self.line(), refresh=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -80,12 +80,15 @@ class Start:
         size: Bytes that will pass, reading and writing.
         size_done: Those of tensors that an earlier, interrupted run has finished.
         tensors_done: Number of these tensors.
+        share: Returns the share of the output that is complete. Methods that read more than once pass more bytes than
+            `size`, so bytes alone would promise too much.
     """
 
     plan: Plan
     size: int
-    size_done: int = 0
-    tensors_done: int = 0
+    size_done: int
+    tensors_done: int
+    share: Callable[[], float]
 
 
 Observer = Callable[[Start], Callable[[int], None]]
@@ -182,7 +185,7 @@ def _carry_out(
     )
     try:
         steps = [step for step in plan.steps if step.name not in writer.resumed]
-        count = progress(_start(plan, writer.resumed)) if progress else (lambda size: None)
+        count = progress(_start(plan, writer)) if progress else (lambda size: None)
         engine = _engine(plan, writer, threads, device, count)
         engine.run(steps)
         inputs = {**writer.input_digests, **engine.digest_only(plan.unread)}
@@ -207,11 +210,16 @@ def _carry_out(
     return MergeResult(out, plan, output, time.monotonic() - start, len(writer.resumed), notes)
 
 
-def _start(plan: Plan, resumed: Collection[str]) -> Start:
-    finished = [step for step in plan.steps if step.name in resumed]
-    done = sum(item.entry.size for step in finished for item in step.inputs)
-    done += sum(tensor.size for tensor in plan.outputs if tensor.name in resumed)
-    return Start(plan, plan.bytes_read + plan.bytes_written, done, len(finished))
+def _start(plan: Plan, writer: CheckpointWriter) -> Start:
+    sizes = {tensor.name: tensor.size for tensor in plan.outputs}
+    total = sum(sizes.values())
+    finished = [step for step in plan.steps if step.name in writer.resumed]
+    done = sum(item.entry.size for step in finished for item in step.inputs) + sum(sizes[s.name] for s in finished)
+
+    def share() -> float:
+        return sum(sizes[name] for name in list(writer.digests)) / total if total else 1.0
+
+    return Start(plan, plan.bytes_read + plan.bytes_written, done, len(finished), share)
 
 
 def _device(name: str) -> str:

@@ -204,4 +204,10 @@ def test_progress_counts_what_an_earlier_run_did_but_not_as_speed() -> None:
     with ByteProgress(1000, shown=False) as progress:
         progress.skip(500)
         line = progress.line()
-    assert line.startswith("500 B of 1 KB (50 %), 0 B/s")
+    assert line == "50 %, 500 B, 0 B/s"
+
+
+def test_progress_corrects_a_total_that_was_too_small() -> None:
+    with ByteProgress(1000, shown=False, share=lambda: 0.5) as progress:
+        progress.advance(1000)
+        assert progress.line().startswith("50 %, 1 KB, ")
