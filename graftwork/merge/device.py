@@ -218,10 +218,11 @@ class _DeviceReducer(_OnDevice):
                 distance = key - lows[window]
                 inside = distance[distance < widths[window]] >> shifts[window]
                 counts[window] += np.bincount(inside.astype(np.int64), minlength=counts.shape[1])
-        elif self.reducer == "equals":
-            counts, rows, targets = state
+        elif self.reducer == "compare":
+            above, equal, rows, targets = state
             for window, row in enumerate(rows):
-                counts[window] += int((keys[row] == targets[window]).sum())
+                above[window] += int((keys[row] > targets[window]).sum())
+                equal[window] += int((keys[row] == targets[window]).sum())
         else:
             counts, found, rows, targets, wanted = state
             for window, row in enumerate(rows):

@@ -129,6 +129,28 @@ class Step:
         return any(item.entry.dtype == "F64" for item in self.inputs)
 
 
+HOLD_BYTES = 100_000_000
+"""A tensor whose inputs together are not larger is kept in memory between the passes of its method."""
+
+
+class _Held:
+    """The raw words of a step's inputs, read block by block when they are first asked for."""
+
+    def __init__(self, step: Step, memory: Array) -> None:
+        self.words: list[Array] = []
+        position = 0
+        for item in step.inputs:
+            self.words.append(memory[position : position + item.entry.size].view(dtypes.RAW[item.entry.dtype]))
+            position += -(-item.entry.size // 64) * 64
+        blocks = -(-step.elements // BLOCK)
+        self.digests: list[list[bytes]] = [[b""] * blocks for _ in step.inputs]
+
+    @staticmethod
+    def size(step: Step) -> int:
+        """Return the bytes that holding a step takes."""
+        return sum(-(-item.entry.size // 64) * 64 for item in step.inputs)
+
+
 class Stopped(Exception):  # noqa: N818 - nothing has gone wrong
     """The run was asked to stop."""
 
@@ -275,6 +297,8 @@ class Engine:
         self.buffers = _Buffers()
         self.stopping = threading.Event()
         self.piece = BLOCK
+        self._held: dict[int, _Held] = {}
+        self._memory: Array = np.empty(0, np.uint8)
         self._pool: ThreadPoolExecutor | None = None
 
     # ------------------------------------------------------------ scheduling
@@ -399,6 +423,8 @@ class Engine:
                 step.notes,
             )
             programs.append((step, step.program(group)))
+        if len(programs) == 1 and hasattr(programs[0][1], "send"):
+            self._hold(programs[0][0], parallel)
         for step, last in self._drive(programs, parallel):
             if isinstance(last, Apply):
                 self._finish(step, self._apply(step, last, parallel))
@@ -407,6 +433,7 @@ class Engine:
             else:
                 assert isinstance(last, ApplyMatrix)
                 self._finish(step, self._apply_matrix(step, last))
+            self._held.pop(id(step), None)
 
     def _drive(self, programs: list[tuple[Step, Any]], parallel: bool) -> Iterator[tuple[Step, Any]]:
         """Advance programs together, executing the pass they ask for over all their tensors, until each returns one."""
@@ -446,12 +473,47 @@ class Engine:
 
     # ------------------------------------------------------------ reading
 
+    def _hold(self, step: Step, parallel: bool) -> None:
+        """Keep the inputs of a step in memory between its passes, if they are small enough."""
+        size = _Held.size(step)
+        if size > HOLD_BYTES:
+            return
+        if parallel:  # such steps are worked on one at a time, by all threads
+            if self._memory.size < size:
+                self._memory = np.empty(max(size, min(HOLD_BYTES, 2 * size)), np.uint8)
+            self._held[id(step)] = _Held(step, self._memory)
+        else:
+            self._held[id(step)] = _Held(step, self.buffers.get("hold", 0, size, np.uint8))
+
     def _read(self, step: Step, start: int, stop: int, digests: list[list[bytes]] | None = None) -> list[Array]:
-        """Return the raw words of elements [start, stop) of every input, in buffers of this thread."""
+        """Return the raw words of elements [start, stop) of every input; they stay valid until the next call."""
+        held = self._held.get(id(step))
+        if held is None or start % BLOCK or (stop % BLOCK and stop != step.elements):
+            return self._read_words(step, start, stop, digests)
+        for block in range(start // BLOCK, -(-stop // BLOCK)):
+            if not held.digests[-1][block]:
+                first, last = block * BLOCK, min(step.elements, (block + 1) * BLOCK)
+                own: list[list[bytes]] = [[] for _ in step.inputs]
+                self._read_words(step, first, last, own, [words[first:last] for words in held.words])
+                for number, digest in enumerate(own):
+                    held.digests[number][block] = digest[0]
+        if digests is not None:
+            for number, known in enumerate(held.digests):
+                digests[number].extend(known[start // BLOCK : -(-stop // BLOCK)])
+        return [words[start:stop] for words in held.words]
+
+    def _read_words(
+        self,
+        step: Step,
+        start: int,
+        stop: int,
+        digests: list[list[bytes]] | None = None,
+        targets: list[Array] | None = None,
+    ) -> list[Array]:
         arrays = []
         for number, item in enumerate(step.inputs):
             dtype = dtypes.RAW[item.entry.dtype]
-            words = self.buffers.get("read", number, stop - start, dtype)
+            words = targets[number] if targets else self.buffers.get("read", number, stop - start, dtype)
             view = words.view(np.uint8).data
             self.readers[item.model].read_into(item.entry, start * dtype.itemsize, view)
             if digests is not None:
@@ -767,7 +829,7 @@ class _Selection:
                 for row, ranks in enumerate(self.request.ranks)
             )
         wanted = [(row, rank) for row, ranks in enumerate(self.request.ranks) for rank in ranks if rank > 0]
-        found = self._settle(self._search(list(dict.fromkeys(wanted)))) if wanted else {}
+        found = self._search(list(dict.fromkeys(wanted))) if wanted else {}
         return tuple(
             tuple(self._cut(*found[row, rank]) if rank > 0 else nothing(self.request.wide) for rank in ranks)
             for row, ranks in enumerate(self.request.ranks)
@@ -807,11 +869,17 @@ class _Selection:
         keys.sort(axis=1)
         return keys
 
-    def _search(self, wanted: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[int, int, int]]:
-        """Return, for each (score, rank), the key of that rank, how many equal to it are admitted, and how many are."""
+    def _search(self, wanted: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[int, int]]:
+        """Return, for each (score, rank), the key of that rank and the index of the last admitted element.
+
+        Differences of 16-bit numbers have few distinct magnitudes, so the sample often shows which one it is; a guess is
+        confirmed by one cheap pass. Otherwise histograms narrow the window down to one key, which is then confirmed.
+        """
         sample = self._sampled()
         size = sample.shape[1]
         windows: dict[tuple[int, int], tuple[int, int]] = {}  # first key, and the one behind the last
+        guesses: dict[tuple[int, int], int] = {}
+        found: dict[tuple[int, int], tuple[int, int]] = {}
         for row, rank in wanted:
             share = 1 - rank / self.total
             slack = 5 * math.sqrt(share * (1 - share) / size) + 2 / size
@@ -819,58 +887,75 @@ class _Selection:
             place = math.ceil((share + slack) * size)
             high = int(sample[row, place]) + 1 if place < size else self.largest + 1
             windows[row, rank] = (low, high)
-        found: dict[tuple[int, int], tuple[int, int, int]] = {}
+            guess = sample[row, min(size - 1, int(share * size))]
+            equal = np.searchsorted(sample[row], guess, "right") - np.searchsorted(sample[row], guess)
+            if equal > slack * size / 2:
+                guesses[row, rank] = int(guess)
         while windows:
-            places = list(windows)
-            shifts = [max(0, (high - low - 1).bit_length() - _WINDOW_BITS) for low, high in windows.values()]
-            above, counts = self._histogram([row for row, _ in places], list(windows.values()), shifts)
-            for position, place in enumerate(places):
-                low, high = windows.pop(place)
-                rank = place[1] - int(above[position])
-                from_top = np.cumsum(counts[position][::-1])
-                if rank <= 0:  # the guess was too low
-                    windows[place] = (high, self.largest + 1)
-                elif rank > int(from_top[-1]):  # it was too high
-                    windows[place] = (0, low)
+            if not guesses:
+                guesses = self._narrow(windows)
+            for place, (above, key, equal, seen) in self._compare(guesses).items():
+                low, high = windows[place]
+                needed = place[1] - above
+                if needed <= 0:  # it lies higher
+                    windows[place] = (max(low, key + 1), high) if high > key + 1 else (key + 1, self.largest + 1)
+                elif needed > equal:  # it lies lower
+                    windows[place] = (low, min(high, key)) if low < key else (0, key)
                 else:
-                    steps = int(np.searchsorted(from_top, rank))
-                    bin_ = from_top.size - 1 - steps
-                    first = low + (bin_ << shifts[position])
-                    if shifts[position]:
-                        windows[place] = (first, min(high, first + (1 << shifts[position])))
-                    else:
-                        equal = int(counts[position][bin_])
-                        found[place] = (first, rank - (int(from_top[steps]) - equal), equal)
+                    del windows[place]
+                    found[place] = (key, self._last(place[0], key, needed, equal, seen))
+            guesses = {}
         return found
 
-    def _settle(self, keys: dict[tuple[int, int], tuple[int, int, int]]) -> dict[tuple[int, int], tuple[int, int]]:
-        """Return (key, index of the last admitted element) for each cut."""
-        cuts = {place: (key, self.total - 1) for place, (key, needed, equal) in keys.items() if needed == equal}
-        open_ = {place: (key, needed) for place, (key, needed, equal) in keys.items() if needed < equal}
-        position = 0
-        stride = 4 * self.engine.threads
-        while open_:
-            batch = self.spans[position : position + stride]
-            rows = np.array([place[0] for place in open_])
-            targets = np.array([key for key, _ in open_.values()], self.key_dtype)
+    def _last(self, row: int, key: int, needed: int, equal: int, seen: Array) -> int:
+        """Return the index of the n-th element that has this key, given how many each span has."""
+        if needed == equal:
+            return self.total - 1
+        counted = np.cumsum(seen)
+        number = int(np.searchsorted(counted, needed))
+        before = int(counted[number - 1]) if number else 0
+        return self._find(self.spans[number], row, key, needed - before)
 
-            def count(number: int, batch: Any = batch, rows: Any = rows, targets: Any = targets) -> Array:
-                counts = np.zeros(rows.size, np.int64)
-                self._over_span(batch[number], "equals", (counts, rows, targets))
-                return counts
+    def _compare(self, guesses: dict[tuple[int, int], int]) -> dict[tuple[int, int], tuple[int, int, int, Array]]:
+        """Return, for each guess: keys above it, the guess, keys equal to it, and those by span."""
+        rows = np.array([row for row, _ in guesses])
+        targets = np.array(list(guesses.values()), self.key_dtype)
 
-            counted = np.array(self.engine._map(count, len(batch), self.parallel))
-            for column, (place, (key, needed)) in enumerate(list(open_.items())):
-                seen = np.cumsum(counted[:, column])
-                if needed > seen[-1]:
-                    open_[place] = (key, needed - int(seen[-1]))
-                    continue
-                number = int(np.searchsorted(seen, needed))
-                before = int(seen[number - 1]) if number else 0
-                cuts[place] = (key, self._find(batch[number], place[0], key, needed - before))
-                del open_[place]
-            position += stride
-        return cuts
+        def count(number: int) -> Array:
+            counts = np.zeros((2, rows.size), np.int64)
+            self._over_span(self.spans[number], "compare", (counts[0], counts[1], rows, targets))
+            return counts
+
+        counted = np.array(self.engine._map(count, len(self.spans), self.parallel))
+        totals = counted.sum(0)
+        return {
+            place: (int(totals[0, column]), key, int(totals[1, column]), counted[:, 1, column])
+            for column, (place, key) in enumerate(guesses.items())
+        }
+
+    def _narrow(self, windows: dict[tuple[int, int], tuple[int, int]]) -> dict[tuple[int, int], int]:
+        """Narrow every window down to one key by histograms; return these keys."""
+        keys: dict[tuple[int, int], int] = {}
+        while len(keys) < len(windows):
+            places = [place for place in windows if place not in keys]
+            spans = [windows[place] for place in places]
+            shifts = [max(0, (high - low - 1).bit_length() - _WINDOW_BITS) for low, high in spans]
+            above, counts = self._histogram([row for row, _ in places], spans, shifts)
+            for position, place in enumerate(places):
+                low, high = windows[place]
+                rank = place[1] - int(above[position])
+                from_top = np.cumsum(counts[position][::-1])
+                if rank <= 0:  # the sample was misleading: it lies higher
+                    windows[place] = (high, self.largest + 1)
+                elif rank > int(from_top[-1]):  # or lower
+                    windows[place] = (0, low)
+                else:
+                    bin_ = from_top.size - 1 - int(np.searchsorted(from_top, rank))
+                    first = low + (bin_ << shifts[position])
+                    windows[place] = (first, min(high, first + (1 << shifts[position])))
+                    if not shifts[position]:
+                        keys[place] = first
+        return keys
 
     def _find(self, span: tuple[int, int, int], row: int, key: int, needed: int) -> int:
         """Return the index of the n-th element of a span that has this key."""

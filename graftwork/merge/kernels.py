@@ -329,16 +329,19 @@ def _reduce_histogram(strip: Any, count: int, start: int, state: Any) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
-def _reduce_equals(strip: Any, count: int, start: int, state: Any) -> None:
-    """Count keys equal to each window's key: `state` = (counts, key row, key)."""
-    counts, rows, targets = state
+def _reduce_compare(strip: Any, count: int, start: int, state: Any) -> None:
+    """Count keys above and equal to each window's key: `state` = (above, equal, key row, key)."""
+    above, equal, rows, targets = state
     for window in range(rows.size):
         keys = strip[rows[window]]
         target = targets[window]
-        hits = 0
+        larger = 0
+        same = 0
         for position in range(count):
-            hits += keys[position] == target
-        counts[window] += hits
+            larger += keys[position] > target
+            same += keys[position] == target
+        above[window] += larger
+        equal[window] += same
 
 
 @njit(nogil=True, error_model="numpy")
@@ -385,7 +388,7 @@ REDUCERS: dict[str, Any] = {
     "sums": _reduce_sums,
     "gram": _reduce_gram,
     "histogram": _reduce_histogram,
-    "equals": _reduce_equals,
+    "compare": _reduce_compare,
     "find": _reduce_find,
 }
 

@@ -193,7 +193,7 @@ class CheckpointWriter:
         """Return the journal's entries; a last line cut off by a crash is dropped."""
         assert self._journal is not None
         self._journal.seek(0)
-        lines = []
+        lines, end = [], 0
         for line in self._journal:
             try:
                 entry = json.loads(line)
@@ -202,6 +202,8 @@ class CheckpointWriter:
             if not line.endswith("\n") or not isinstance(entry, dict):
                 break
             lines.append(entry)
+            end += len(line.encode())
+        self._journal.truncate(end)  # so that the next entry does not continue the broken line
         return lines
 
     def _open_files(self, *, fresh: bool) -> None:
@@ -404,6 +406,10 @@ def check_output(out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None
     aside = _aside(out)
     if aside.exists() and not out.exists():
         os.rename(aside, out)
+    if (out / JOURNAL).exists():  # a process died between replacing an output and removing the old one
+        for old in (aside, out.with_name(out.name + ".partial")):
+            shutil.rmtree(old, ignore_errors=True)
+        (out / JOURNAL).unlink()
     if not os.path.lexists(out):
         parent = next(folder for folder in (resolved.parent, *resolved.parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):

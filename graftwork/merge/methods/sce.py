@@ -11,43 +11,47 @@ from graftwork.merge.passes import Apply, Group, Select, Sums, everything
 from graftwork.merge.vocabulary import Value, narrow, number, where, zeros_like
 
 
-def variance(models: Sequence[Value], base: Value, share: float) -> Value:
-    """Return the variance of the task vectors' entries over the models, `share` being 1/K."""
+def variance(models: Sequence[Value], base: Value, models_count: float) -> Value:
+    """Return the variance of the task vectors' entries over the models: exactly zero where these are equal.
+
+    Hence the division: thirds of three equal numbers need not sum to that number, a third of their sum is it.
+    """
     mean = zeros_like(base)
     for x in models:
-        mean = mean + share * (x - base)
+        mean = mean + (x - base)
+    mean = mean / models_count
     total = zeros_like(base)
     for x in models:
         deviation = (x - base) - mean
         total = total + deviation * deviation
-    return share * total
+    return total / models_count
 
 
-def varies(models: Sequence[Value], base: Value, index: Value, *, share: float) -> tuple[Value]:
+def varies(models: Sequence[Value], base: Value, index: Value, *, models_count: float) -> tuple[Value]:
     """Return one where the float32 variance is not zero."""
-    return (number(narrow(variance(models, base, share)) > 0, base),)
+    return (number(narrow(variance(models, base, models_count)) > 0, base),)
 
 
-def score(models: Sequence[Value], base: Value, index: Value, *, share: float) -> tuple[Value]:
+def score(models: Sequence[Value], base: Value, index: Value, *, models_count: float) -> tuple[Value]:
     """Return the score by which entries are ranked."""
-    return (narrow(variance(models, base, share)),)
+    return (narrow(variance(models, base, models_count)),)
 
 
 def energy(
-    model: Value, models: Sequence[Value], base: Value, index: Value, *, share: float, cut: float
+    model: Value, models: Sequence[Value], base: Value, index: Value, *, models_count: float, cut: float
 ) -> tuple[Value]:
     """Return the squared selected entry of a model's task vector."""
-    kept = narrow(variance(models, base, share)) >= cut
+    kept = narrow(variance(models, base, models_count)) >= cut
     delta = model - base
     return (where(kept, delta * delta, zeros_like(base)),)
 
 
 def erased(
-    models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], share: float, cut: float,
+    models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], models_count: float, cut: float,
     mask_entries: bool,
 ) -> Value:  # fmt: skip
     """Return the base plus the weighted mean of the entries that have the majority sign."""
-    kept = narrow(variance(models, base, share)) >= cut
+    kept = narrow(variance(models, base, models_count)) >= cut
     if not mask_entries:
         kept = base == base
     total = zeros_like(base)
@@ -87,13 +91,13 @@ def sce(group: Group, *, select_topk: float, select: str) -> Generator[Any, Any,
     Unlike mergekit, weights are never replaced by uniform ones because task vectors are small.
     """
     count = group.models
-    share = {"share": 1.0 / count}
+    settings = {"models_count": float(count)}
     cut = everything(wide=False)
     if select_topk < 1:
-        varying = yield Sums(varies, 1, share)
+        varying = yield Sums(varies, 1, settings)
         rank = int(select_topk * float(varying[0]))
-        ((cut,),) = yield Select(score, ((rank,),), share)
-    chosen = {**share, "cut": cut}
+        ((cut,),) = yield Select(score, ((rank,),), settings)
+    chosen = {**settings, "cut": cut}
     energies = yield Sums(energy, count, chosen, each=True)
     total = float(energies.sum())
     if total == 0:

@@ -160,6 +160,9 @@ def nuslerp(
 )
 def multislerp(group: Group, *, weight: Sequence[float], normalize_weights: bool) -> Generator[Gram, Matrix, Apply]:
     """Barycentre on the sphere of the models' directions, with the average of their norms."""
+    formula = combined_deltas if group.has_base else combined_values
+    if group.models == 1:
+        return Apply(formula, {"coefficient": (1.0,)})
     gram = yield vectors(group, deltas=group.has_base)
     norms = np.sqrt(np.diag(gram))
     total = sum(weight) if normalize_weights else 1.0
@@ -173,7 +176,6 @@ def multislerp(group: Group, *, weight: Sequence[float], normalize_weights: bool
         coefficient = w
     else:
         coefficient = float(w @ norms) * share / math.sqrt(squared)
-    formula = combined_deltas if group.has_base else combined_values
     return Apply(formula, {"coefficient": tuple(coefficient.tolist())})
 
 
