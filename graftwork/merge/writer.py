@@ -154,7 +154,7 @@ class CheckpointWriter:
             raise OutputError(
                 f"cannot write {self.out}: {self.partial} exists and is not an unfinished merge; move it away"
             )
-        self._journal = (self.partial / JOURNAL).open("a+", encoding="utf-8")
+        self._journal = (self.partial / JOURNAL).open("a+", encoding="utf-8", errors="replace")
         self._claim()
         lines = [] if fresh or restart else self._journal_lines()
         if lines and lines[0].get("plan") != plan_digest:
