@@ -14,7 +14,7 @@ import pytest
 
 from tests.cli.conftest import recipe, save
 
-_TENSORS = 48
+_TENSORS = 32
 _COMMAND = [sys.executable, "-m", "graftwork.cli"]
 
 
