@@ -21,7 +21,7 @@ from graftwork.merge.errors import OutputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from graftwork.merge.evaluate import Evaluation
+    from graftwork.merge.evaluation import Evaluation
 
 TASKS = ("clean", "turned", "negative", "scrambled")
 """Functions in `graftwork.simulations.digits`; the base was trained on the first, a specialist on each other."""
@@ -219,7 +219,7 @@ def merge_models(recipe: Path, out: Path, *, force: bool) -> None:
 
 def evaluate_models(out: Path, methods: Sequence[str]) -> tuple[tuple[Row, ...], int]:
     """Return a row for every model, merged ones best first, and the number of test digits per task."""
-    from graftwork.merge.evaluate import evaluate
+    from graftwork.merge.evaluation import evaluate
     from graftwork.merge.task import load_task
     from graftwork.simulations import digits
 

@@ -16,7 +16,7 @@ from graftwork.cli.problems import readable_errors, tell, usage_error
 
 if TYPE_CHECKING:
     from graftwork.merge.checkpoint import Checkpoint
-    from graftwork.merge.evaluate import Evaluation
+    from graftwork.merge.evaluation import Evaluation
 
 Split = Literal["test", "validation", "train"]
 
@@ -48,7 +48,7 @@ def evaluate(
         raise usage_error("--task is missing: file.py:name or package.module:name")
     with readable_errors(), contextlib.ExitStack() as stack:
         from graftwork.merge.checkpoint import Checkpoint
-        from graftwork.merge.evaluate import evaluate as run_evaluate
+        from graftwork.merge.evaluation import evaluate as run_evaluate
         from graftwork.merge.task import load_task
 
         opened: dict[str, Checkpoint] = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graftwork.merge.checkpoint import Checkpoint
     from graftwork.merge.errors import GraftworkError
-    from graftwork.merge.evaluate import evaluate
+    from graftwork.merge.evaluation import evaluate
     from graftwork.merge.memory import merge_arrays
     from graftwork.merge.plan import Options, Plan, make_plan
     from graftwork.merge.recipe import load_recipe, parse_recipe
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Checkpoint": "checkpoint", "GraftworkError": "errors", "Interrupted": "run", "MergeResult": "run",
-    "Options": "plan", "Plan": "plan", "Settings": "run", "Task": "task", "evaluate": "evaluate",
+    "Options": "plan", "Plan": "plan", "Settings": "run", "Task": "task", "evaluate": "evaluation",
     "load_recipe": "recipe", "load_task": "task", "make_plan": "plan", "merge": "run", "merge_arrays": "memory",
     "parse_recipe": "recipe",
 }  # fmt: skip

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from graftwork.cli.demo import SETTINGS, SPECIALISTS, TASKS, DemoResult, Row, run_demo, table, write_recipes
 from graftwork.merge.errors import DependencyError, OutputError
-from graftwork.merge.evaluate import evaluate
+from graftwork.merge.evaluation import evaluate
 from graftwork.merge.methods import get, names
 from graftwork.merge.recipe import load_recipe
 from graftwork.merge.task import load_task

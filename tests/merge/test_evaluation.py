@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graftwork.merge.checkpoint import Checkpoint
 from graftwork.merge.errors import TaskError
-from graftwork.merge.evaluate import Evaluation, evaluate
+from graftwork.merge.evaluation import Evaluation, evaluate
 from graftwork.merge.task import Task
 
 IDENTITY = {"weight": torch.eye(3)}
