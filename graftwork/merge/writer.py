@@ -211,8 +211,11 @@ class CheckpointWriter:
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
             descriptor = os.open(self.partial / name, flags, 0o666)
             self._descriptors.append(descriptor)
-            if not fresh and os.fstat(descriptor).st_size == size:
+            length = os.fstat(descriptor).st_size
+            if not fresh and length == size:
                 continue
+            if length > size:  # left by a run with other shards
+                os.ftruncate(descriptor, size)
             if USE_FALLOCATE:
                 try:
                     if size:
