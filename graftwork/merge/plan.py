@@ -255,6 +255,7 @@ class _Planner:
         self.method = get(recipe.method)
         self.warnings = list(recipe.warnings)
         self.problems: list[str] = []
+        self.hints: list[str] = []
         self.dropped: list[Dropped] = []
         self.steps: list[Step] = []
         self.inputs = list(recipe.inputs)
@@ -304,7 +305,7 @@ class _Planner:
         self._account()
         self._unmatched_filters()
         if self.problems:
-            raise MismatchError(*self.problems)
+            raise MismatchError(*self.problems, *self.hints)
         if self._failed:
             raise RecipeError([problem + _about(names) for problem, names in sorted(self._failed.items())])
         if not self.steps:
@@ -510,24 +511,29 @@ class _Planner:
             self.problems.append(
                 f'cannot merge "{wanted.name}": {lacking} {"lacks" if len(missing) == 1 else "lack"} it, {holders} '
                 f"{'has' if len(held) == 1 else 'have'} it; take it from the base with --on-missing base, leave it out "
-                f"with --on-missing skip, or copy it with `exclude`{self._layout_hint(missing[0], next(iter(held)))}"
+                "with --on-missing skip, or copy it with `exclude`"
             )
+            self._hint_at_layouts(missing[0], next(iter(held)))
         elif choice == "skip":
             self._drop(wanted, held, f"{lacking} lacks it")
         else:
             self._take(wanted, donor, f"{lacking} lacks it")
         return False
 
-    def _layout_hint(self, left: ModelReference, right: ModelReference) -> str:
-        """Return a hint for models whose names differ altogether."""
+    def _hint_at_layouts(self, left: ModelReference, right: ModelReference) -> None:
+        """Say so once if two models name their tensors differently, rather than one having more of them."""
         first, second = set(self._tensors(left)), set(self._tensors(right))
-        shared = len(first & second)
-        if shared * 2 >= max(len(first), len(second)):
-            return ""
-        return (
-            f". The two have only {shared} of {max(len(first), len(second))} names in common: they are stored in "
-            "different layouts (see both with `graftwork inspect`) and must be brought into one first"
+        if first <= second or second <= first:
+            return
+        labels = sorted((self.labels[self.places[left]], self.labels[self.places[right]]))
+        shared, most = len(first & second), max(len(first), len(second))
+        hint = (
+            f"{' and '.join(labels)} have {shared} of {most} names in common, and each has names that the other lacks: "
+            "they seem to be stored in different layouts (see both with `graftwork inspect`) and must be brought into "
+            "one first"
         )
+        if hint not in self.hints:
+            self.hints.append(hint)
 
     def _accept_shapes(
         self,
