@@ -234,7 +234,7 @@ def test_the_check_of_output_sees_a_line_that_is_not_printed() -> None:
 
 
 @pytest.mark.skipif(not IS_CHECKOUT, reason="there is no project file here")
-@pytest.mark.parametrize(("page", "block"), of_language("bash"))
+@pytest.mark.parametrize(("page", "block"), list(of_language("bash")))
 def test_slow_commands_name_what_exists(page: str, block: Block) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for line in block.text.splitlines():
@@ -263,9 +263,7 @@ def test_the_readme_begins_with_two_commands() -> None:
     assert install == (
         'python3 -m venv .venv && .venv/bin/pip install -c constraints.txt ".[all]" && .venv/bin/graftwork demo'
     )
-    assert test == (
-        '.venv/bin/pip install -c constraints.txt ".[all,test]" && .venv/bin/python -m pytest -n auto'
-    )
+    assert test == ('.venv/bin/pip install -c constraints.txt ".[all,test]" && .venv/bin/python -m pytest -n auto')
 
 
 def test_the_demo_shown_has_a_row_for_every_model_and_method() -> None:
@@ -296,8 +294,7 @@ def methods_table() -> str:
         link = f"[`{method['name']}`](docs/methods.md#{method['name']})"
         source = re.sub(r"^https?://(www\.)?", "", method["reference"]).split("/")[0]
         rows.append(
-            f"| {link} | {method['summary']} | {method['base']} | {count(method)} | "
-            f"[{source}]({method['reference']}) |"
+            f"| {link} | {method['summary']} | {method['base']} | {count(method)} | [{source}]({method['reference']}) |"
         )
     return "\n".join(rows)
 
@@ -333,7 +330,7 @@ def facts(method: dict[str, Any]) -> str:
         if not item["is_required"] and item["default"] is None:
             default = "none"
         scope = "per model" if item["is_per_model"] else "shared"
-        meaning = item["help"] + (f" ({', '.join(marks)})" if marks else "")
+        meaning = item["help"].replace("|", "\\|") + (f" ({', '.join(marks)})" if marks else "")
         lines.append(f"| `{item['name']}` | {default} | {scope} | {values} | {meaning} |")
     return "\n".join(lines)
 
