@@ -99,6 +99,9 @@ class Step:
         kind: The method's kind.
         streams: Position of each model among the non-base models of the recipe.
         group: Steps of the same group share their statistics (`scope: model`); empty for none.
+        offset: Index of its first element among those of the group; set by the engine.
+        strict: Whether a NaN would spoil statistics and so more than its own entry; set by the engine.
+        notes: Remarks of the method, for the report.
     """
 
     name: str
@@ -111,6 +114,7 @@ class Step:
     streams: tuple[int, ...] = ()
     group: str = ""
     offset: int = 0
+    strict: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -160,6 +164,8 @@ class _Buffers(threading.local):
 
     def __init__(self) -> None:
         self.arrays: dict[tuple[str, int], Array] = {}
+        self.asked: tuple[int, ...] = ()
+        self.columns: list[Array] = []
 
     def get(self, use: str, number: int, count: int, dtype: Any) -> Array:
         """Return an array of `count` entries; its contents are whatever was left there."""
@@ -402,6 +408,7 @@ class Engine:
     def _make(self, steps: list[Step], *, parallel: bool) -> None:
         """Run the programs of a group in lock-step, then make its outputs."""
         total = sum(step.elements for step in steps)
+        wide = any(step.wide for step in steps)
         offset = 0
         for step in sorted(steps, key=lambda step: step.name):
             step.offset = offset
@@ -418,11 +425,13 @@ class Engine:
                 total,
                 len(step.models),
                 step.base is not None,
-                step.wide,
+                wide,
                 step.streams,
                 step.notes,
             )
-            programs.append((step, step.program(group)))
+            program = step.program(group)
+            step.strict = hasattr(program, "send")
+            programs.append((step, program))
         if len(programs) == 1 and hasattr(programs[0][1], "send"):
             self._hold(programs[0][0], parallel)
         for step, last in self._drive(programs, parallel):
@@ -434,25 +443,29 @@ class Engine:
                 assert isinstance(last, ApplyMatrix)
                 self._finish(step, self._apply_matrix(step, last))
             self._held.pop(id(step), None)
+            self.buffers.asked = ()
 
     def _drive(self, programs: list[tuple[Step, Any]], parallel: bool) -> Iterator[tuple[Step, Any]]:
         """Advance programs together, executing the pass they ask for over all their tensors, until each returns one."""
-        running = [(step, program) for step, program in programs if hasattr(program, "send")]
+        running: list[tuple[Step, Any, Any]] = []
         for step, program in programs:
-            if not hasattr(program, "send"):
+            if hasattr(program, "send"):
+                running.append((step, program, None))
+            else:
                 yield step, program
-        answer: Any = None
         while running:
-            asked: list[tuple[Step, Any, Any]] = []
-            for step, program in running:
+            asked: dict[Any, list[tuple[Step, Any, Any]]] = {}
+            for step, program, answer in running:
                 try:
-                    asked.append((step, program, program.send(answer)))
+                    request = program.send(answer)
                 except StopIteration as finished:
                     yield step, finished.value
-            if not asked:
-                return
-            answer = self._execute([(step, request) for step, _, request in asked], parallel)
-            running = [(step, program) for step, program, _ in asked]
+                    continue
+                asked.setdefault(type(request), []).append((step, program, request))
+            running = []
+            for together in asked.values():
+                answer = self._execute([(step, request) for step, _, request in together], parallel)
+                running.extend((step, program, answer) for step, program, _ in together)
 
     def _execute(self, asked: list[tuple[Step, Any]], parallel: bool) -> Any:
         request = asked[0][1]
@@ -528,7 +541,8 @@ class Engine:
         Raises:
             DataError: Always, unless such values are allowed here.
         """
-        if self.allow_nonfinite and step.kind == "elementwise":
+        tolerant = step.kind == "elementwise" and not step.strict
+        if self.allow_nonfinite and tolerant:
             return
         for item in step.inputs:
             dtype = dtypes.RAW[item.entry.dtype]
@@ -539,7 +553,7 @@ class Engine:
             if bad.size:
                 advice = (
                     "use --allow-nonfinite to pass such values on"
-                    if step.kind == "elementwise"
+                    if tolerant
                     else "this method needs finite values; leave the tensor out with `exclude`"
                 )
                 raise DataError(
@@ -631,13 +645,21 @@ class Engine:
             yield start, stop, (words, [column[start - low : stop - low] for column in columns])
 
     def _columns(self, step: Step, low: int, high: int, makers: Sequence[PerElement]) -> list[Array]:
-        """Return the per-element parameters of elements [low, high), whole slices: an array per parameter and model."""
+        """Return the per-element parameters of elements [low, high), whole slices: an array per parameter and model.
+
+        The last answer is kept: a slice that is longer than a span is asked for again and again.
+        """
+        asked = (id(step), low, high, *map(id, makers))
+        if self.buffers.asked == asked:
+            return self.buffers.columns
         models, base = self._slices(step, low, high)
-        return [
+        self.buffers.columns = [
             np.ascontiguousarray(made).reshape(-1)
             for maker in makers
             for made in maker.function(models, base, **maker.parameters)
         ]
+        self.buffers.asked = asked
+        return self.buffers.columns
 
     def _evaluator(self, step: Step, formula: Any, parameters: Mapping[str, Any], precision: str) -> _Evaluator:
         bound = bind(parameters, precision)
@@ -729,7 +751,15 @@ class Engine:
         rows: list[Array] = []
         for step, own in sorted(asked, key=lambda pair: pair[0].name):
             rows.extend(self._reduce_blocks(step, own, "gram" if is_gram else "sums", count, width, parallel))
-        totals = np.array([math.fsum(column) for column in np.stack(rows).T.tolist()])
+        try:
+            totals = np.array([math.fsum(column) for column in np.stack(rows).T.tolist()])
+        except (OverflowError, ValueError):
+            totals = np.array([math.inf])
+        if not np.isfinite(totals).all():
+            raise DataError(
+                f'cannot merge "{asked[0][0].name}": its values are so large that sums of their products overflow; '
+                "leave it out with `exclude`, or use an element-wise method"
+            )
         if not is_gram:
             return totals
         gram = np.empty((count, count))
@@ -872,8 +902,8 @@ class _Selection:
     def _search(self, wanted: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[int, int]]:
         """Return, for each (score, rank), the key of that rank and the index of the last admitted element.
 
-        Differences of 16-bit numbers have few distinct magnitudes, so the sample often shows which one it is; a guess is
-        confirmed by one cheap pass. Otherwise histograms narrow the window down to one key, which is then confirmed.
+        Differences of 16-bit numbers have few distinct magnitudes, so the sample often shows which one it is; a guess
+        is confirmed by one cheap pass. Otherwise histograms narrow the window down to one key, which is then confirmed.
         """
         sample = self._sampled()
         size = sample.shape[1]
@@ -976,7 +1006,7 @@ class _Selection:
         queue = iter(self.spans)
 
         def work(number: int) -> None:
-            own_above, own = np.zeros_like(above), np.zeros_like(total)
+            own_above, own = np.zeros_like(above), np.zeros(total.shape, np.uint32)
             state = (own, own_above, np.array(rows), lows, widths, np.array(shifts, self.key_dtype))
             while True:
                 with lock:

@@ -6,6 +6,7 @@ compiled by numba for the word types at hand, and cached on disk. Everything her
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -35,7 +36,30 @@ STRIP = 512
 # Loops over many arrays are vectorised only if the compiler may check more pairs of them for overlap than by default.
 llvmlite.binding.set_option("graftwork", "-runtime-memory-check-threshold=256")
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
+
+def cached(function: Any) -> Any:
+    """Return the compiled function, kept on disk where that is possible; a damaged cache is as good as none."""
+    try:
+        compiled = njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's can be written to
+        return njit(nogil=True, error_model="numpy")(function)
+    cache = compiled._cache
+    load, save = cache.load_overload, cache.save_overload
+
+    def load_or_compile(*arguments: Any) -> Any:
+        try:
+            return load(*arguments)
+        except Exception:  # numba raises whatever unpickling does
+            with contextlib.suppress(Exception):
+                cache.flush()
+            return None
+
+    def save_if_possible(*arguments: Any) -> None:
+        with contextlib.suppress(OSError):
+            save(*arguments)
+
+    cache.load_overload, cache.save_overload = load_or_compile, save_if_possible
+    return compiled
 
 
 # ---------------------------------------------------------------- bit casts
@@ -56,26 +80,6 @@ _float32_of_bits = _bitcast(types.float32, types.uint32)
 _bits_of_float32 = _bitcast(types.uint32, types.float32)
 _float64_of_bits = _bitcast(types.float64, types.uint64)
 _bits_of_float64 = _bitcast(types.uint64, types.float64)
-
-
-@intrinsic
-def _half_to_float32(typing_context: Any, word: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        from llvmlite import ir
-
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.int16), generate
-
-
-@intrinsic
-def _float32_to_half(typing_context: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        from llvmlite import ir
-
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
-
-    return types.int16(types.float32), generate
 
 
 # ---------------------------------------------------------------- codecs
@@ -102,6 +106,16 @@ def _float8_table(exponent_bits: int, mantissa_bits: int, bias: int, *, infiniti
 
 _E4M3 = _float8_table(4, 3, 7, infinities=False)
 _E5M2 = _float8_table(5, 2, 15, infinities=True)
+
+
+@njit
+def _half_to_float32(word: Any) -> Any:
+    bits = types.uint32(types.uint16(word))
+    magnitude = (bits & types.uint32(0x7FFF)) << types.uint32(13)
+    scaled = _float32_of_bits(magnitude) * np.float32(5.192296858534828e33)  # 2^112, the difference of the biases
+    unusual = magnitude >= types.uint32(0x7C00 << 13)
+    plain = types.uint32(0x7F800000) | magnitude if unusual else _bits_of_float32(scaled)
+    return _float32_of_bits(plain | ((bits & types.uint32(0x8000)) << types.uint32(16)))
 
 
 def load(word: Any) -> Any:
@@ -143,25 +157,21 @@ def _to_bfloat16(value: Any) -> Any:
 
 
 @njit
-def _to_float8(value: Any, mantissa_bits: int, bias: int, largest: int) -> Any:
-    """Round to nearest even; beyond the largest number comes the next code, which is NaN (e4m3) or infinity (e5m2)."""
+def _to_small(value: Any, mantissa_bits: int, bias: int, largest: int, nan: int, sign_bit: int) -> Any:
+    """Round to nearest even; beyond the largest number comes the next code, which is infinity (NaN for e4m3)."""
     bits = _bits_of_float32(value)
-    sign = (bits >> types.uint32(24)) & types.uint32(0x80)
+    sign = (bits >> types.uint32(31)) << types.uint32(sign_bit)
     bits = bits & types.uint32(0x7FFFFFFF)
     magnitude = _float32_of_bits(bits)
     shift = types.uint32(23 - mantissa_bits)
-    smallest_normal = types.uint32((127 - bias + 1) << 23)
-    if magnitude != magnitude:
-        code = types.uint32(0x7F)
-    elif bits < smallest_normal:
-        unit = _float32_of_bits(types.uint32((127 + bias - 1 + mantissa_bits) << 23))
-        code = types.uint32((magnitude * unit + np.float32(8388608.0)) - np.float32(8388608.0))
-    else:
-        rounded = bits + (types.uint32(1) << (shift - types.uint32(1))) - types.uint32(1)
-        rounded += (bits >> shift) & types.uint32(1)
-        code = (rounded >> shift) - types.uint32((127 - bias) << mantissa_bits)
-        code = min(code, types.uint32(largest + 1))
-    return types.uint8(sign | code)
+    unit = _float32_of_bits(types.uint32((127 + bias - 1 + mantissa_bits) << 23))
+    tiny = types.uint32((magnitude * unit + np.float32(8388608.0)) - np.float32(8388608.0))
+    rounded = (
+        bits + (types.uint32(1) << (shift - types.uint32(1))) - types.uint32(1) + ((bits >> shift) & types.uint32(1))
+    )
+    normal = min((rounded >> shift) - types.uint32((127 - bias) << mantissa_bits), types.uint32(largest + 1))
+    code = tiny if bits < types.uint32((127 - bias + 1) << 23) else types.uint32(normal)
+    return sign | (code if magnitude == magnitude else types.uint32(nan))
 
 
 def store(value: Any, like: Any) -> Any:
@@ -176,11 +186,11 @@ def _store(value: Any, like: Any) -> Any:
     if like == types.uint16:
         return lambda value, like: _to_bfloat16(narrow(value))
     if like == types.int16:
-        return lambda value, like: _float32_to_half(narrow(value))
+        return lambda value, like: types.int16(types.uint16(_to_small(narrow(value), 10, 15, 0x7BFF, 0x7E00, 15)))
     if like == types.uint8:
-        return lambda value, like: _to_float8(narrow(value), 3, 7, 0x7E)
+        return lambda value, like: types.uint8(_to_small(narrow(value), 3, 7, 0x7E, 0x7F, 7))
     if like == types.int8:
-        return lambda value, like: types.int8(_to_float8(narrow(value), 2, 15, 0x7B))
+        return lambda value, like: types.int8(types.uint8(_to_small(narrow(value), 2, 15, 0x7B, 0x7F, 7)))
     if like == types.float32:
         return lambda value, like: types.float32(value)
     if like == types.float64:
@@ -396,7 +406,7 @@ REDUCERS: dict[str, Any] = {
 # ---------------------------------------------------------------- conversions
 
 
-@njit(**_OPTIONS)
+@cached
 def decode(words: Any, values: Any) -> int:
     """Widen raw words into float32 or float64; return 1 if one of them is not finite, else 0."""
     bad = False
@@ -407,7 +417,7 @@ def decode(words: Any, values: Any) -> int:
     return 1 if bad else 0
 
 
-@njit(**_OPTIONS)
+@cached
 def encode(values: Any, words: Any) -> int:
     """Round float32 or float64 values once into raw words; return 2 if one of these is not finite, else 0."""
     bad = False
@@ -445,8 +455,7 @@ _LOOP = """        for i in range(count):
 def _stamp() -> str:
     """Return a digest of everything that compiled kernels depend on besides the formula itself."""
     digest = hashlib.sha256(f"{numba.__version__} {np.__version__} {sys.version}".encode())
-    folder = Path(__file__).parent
-    for module in (Path(__file__), Path(vocabulary.__file__), *sorted((folder / "methods").glob("*.py"))):
+    for module in (Path(__file__), Path(vocabulary.__file__)):
         digest.update(module.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -454,14 +463,27 @@ def _stamp() -> str:
 _JITABLE: set[Any] = set()
 
 
-def _register_helpers(function: Any) -> None:
-    """Let compiled code call the plain functions that a formula calls, as it calls the vocabulary."""
+def _helpers(function: Any) -> list[Any]:
+    """Return a formula with the plain functions that it calls, having let compiled code call these."""
+    found = [function]
     for name in function.__code__.co_names:
         helper = function.__globals__.get(name)
-        if inspect.isfunction(helper) and helper.__module__ != vocabulary.__name__ and helper not in _JITABLE:
+        if not inspect.isfunction(helper) or helper.__module__ == vocabulary.__name__:
+            continue
+        if helper not in _JITABLE:
             _JITABLE.add(helper)
             register_jitable(helper)
-            _register_helpers(helper)
+        found.extend(_helpers(helper))
+    return found
+
+
+def _sources(functions: list[Any]) -> bytes:
+    """Return a digest of the files in which functions stand."""
+    digest = hashlib.sha256()
+    for path in sorted({function.__code__.co_filename for function in functions}):
+        with contextlib.suppress(OSError):
+            digest.update(Path(path).read_bytes())
+    return digest.digest()
 
 
 def cache_folder() -> Path:
@@ -479,13 +501,14 @@ def _module(source: str, key: str) -> ModuleType:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.py"
-        if not path.exists():
+        if not path.exists() or path.read_text() != source:
             with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as handle:
                 handle.write(source)
             os.replace(handle.name, path)
     except OSError:  # an unwritable home: compile without a cache
         module = ModuleType(name)
-        exec(compile(source.replace("cache=True", "cache=False"), name, "exec"), module.__dict__)
+        sys.modules[name] = module
+        exec(compile(source, name, "exec"), module.__dict__)
         return module
     specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None
@@ -538,7 +561,7 @@ def kernel(
         the strip or its bits as integers; it returns 1 if an
         input word is not finite, plus 2 if an output word is not.
     """
-    _register_helpers(formula)
+    helpers = _helpers(formula)
     arguments = [f"x{number}" for number in range(models)] + (["b"] if has_base else [])
     columns = {name: [f"{name}_{number}" for number in range(models)] for name in elementwise}
     draws = [f"{streams}_{number}" for number in range(models)] if streams else []
@@ -599,12 +622,12 @@ def kernel(
     )
     head = (
         "from numba import njit, float32, float64, uint32\n"
-        "from graftwork.merge.kernels import REDUCERS, fill_draws, load, positional, store, unusual\n"
+        "from graftwork.merge.kernels import REDUCERS, cached, fill_draws, load, positional, store, unusual\n"
         f"from {formula.__module__} import {formula.__qualname__} as plain\n"
         'formula = njit(positional(plain), error_model="numpy")\n'
         f"STRIP = {STRIP}\n" + (f'reduce = REDUCERS["{reducer}"]\n' if reducer else "")
     )
-    tail = '\nkernel = njit(nogil=True, error_model="numpy", cache=True)(kernel)\n'
-    key = hashlib.sha256(_stamp().encode() + head.encode() + body.encode()).hexdigest()[:24]
+    tail = "\nkernel = cached(kernel)\n"
+    key = hashlib.sha256(_stamp().encode() + _sources(helpers) + head.encode() + body.encode()).hexdigest()[:24]
     module = _module(head + body + tail, key)
     return module.kernel

@@ -87,7 +87,9 @@ class Cut:
         """Return the threshold for elements from `start` on, up to `index` if that is not before."""
         kind = np.float64 if self.wide else np.float32
         score = kind(self.score)
-        return score if start <= self.index else np.nextafter(score, kind(np.inf))
+        if start <= self.index:
+            return score
+        return np.nextafter(score, kind(np.inf)) if np.isfinite(score) else kind(np.nan)
 
 
 def nothing(wide: bool) -> Cut:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from graftwork.merge.kernels import cached
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@cached
 def _radix_ranks(keys: Any, digits: int, ranks: Any) -> None:
     rows, length = keys.shape
     order = np.empty(length, np.int32)

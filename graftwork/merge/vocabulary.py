@@ -20,7 +20,9 @@ Value = Any
 
 def zeros_like(value: Value) -> Value:
     """Return zero in the type and shape of `value`."""
-    return value * 0
+    import torch
+
+    return torch.zeros_like(value)
 
 
 def where(condition: Value, value: Value, other: Value) -> Value:
