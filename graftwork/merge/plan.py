@@ -281,7 +281,8 @@ class _Planner:
         self.places = {reference: number for number, reference in enumerate(self.inputs)}
         self.stacks = [find_stacks(checkpoint.tensors) for checkpoint in self.checkpoints]
         self.untied = False
-        self._resolved: dict[tuple[int, str, int, str, float], Any] = {}
+        self._scalars: dict[tuple[int, str, str], Any] = {}
+        self._pooled: dict[str, dict[str, Any]] = {}
         self._failed: dict[str, list[str]] = {}
 
     def plan(self) -> Plan:
@@ -592,6 +593,7 @@ class _Planner:
         if self.recipe.method == "passthrough" and values["scale"][0] is None and entries[0].dtype == dtype:
             self.steps.append(Step(wanted.name, dtype, entries[0].shape, inputs))
             return
+        pool = self._pool(wanted.name, values, every=[*inputs, *([base_input] if base_input is not None else [])])
         order = [source.model for source in group.models]
         self.steps.append(
             Step(
@@ -603,9 +605,25 @@ class _Planner:
                 program=partial(self.method.program, **values),
                 kind=self.method.kind,
                 streams=tuple(order.index(source.model) for source in sources),
-                group=self.recipe.method if values.get("scope") == "model" else "",
+                group=pool,
             )
         )
+
+    def _pool(self, name: str, values: Mapping[str, Any], every: Sequence[Input]) -> str:
+        """Return which tensors share their statistics with this one: with `scope: model` those of the same models."""
+        if values.get("scope") != "model":
+            return ""
+        pool = f"{self.recipe.method}:{','.join(str(item.model) for item in every)}"
+        shared = {key: values[key] for key in ("density", "rescale") if key in values}
+        first = self._pooled.setdefault(pool, shared)
+        for key, value in shared.items():
+            if value != first[key]:
+                problem = (
+                    f"with `scope: model` {key} must be the same for every tensor of a model, without filters and "
+                    "gradients; or rank within each tensor with `scope: tensor`"
+                )
+                self._failed.setdefault(problem, []).append(name)
+        return pool
 
     def _parameters(self, wanted: _Wanted, group: Slice, sources: Sequence[Source]) -> dict[str, Any] | None:
         values: dict[str, Any] = {}
@@ -631,19 +649,14 @@ class _Planner:
     def _value(self, number: int, group: Slice, source: Source | None, name: str, place: float) -> Any:
         parameter = tuple(self.method.parameters.values())[number]
         key = (number, group.key_path, source.key_path if source else "")
-        found = self._scalars.get(key)
-        if found is not None:
-            return found[0]
+        if key in self._scalars:
+            return self._scalars[key]
         chain = scopes(parameter, self.recipe, group, source)
         settings = [scope[parameter.name] for _, scope in chain if parameter.name in scope]
         value = resolve(parameter, chain, name=name, position=place)
         if not settings or not isinstance(settings[0], list | tuple | Mapping):
-            self._scalars[key] = (value,)
+            self._scalars[key] = value
         return value
-
-    @property
-    def _scalars(self) -> dict[Any, Any]:
-        return self._resolved
 
     # ------------------------------------------------------------ checks over everything
 

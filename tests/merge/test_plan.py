@@ -252,6 +252,39 @@ def test_layer_ranges_of_unequal_length_are_refused(here):
         """)
 
 
+def test_slices_of_other_models_do_not_share_statistics(here):
+    """An outlier in the second slice must not move the median of the first."""
+    text = """
+        merge_method: geometric_median
+        slices:
+        - sources: [{model: A, layer_range: [0, 3]}, {model: B, layer_range: [0, 3]}, {model: C, layer_range: [0, 3]}]
+        - sources: [{model: A, layer_range: [3, 6]}, {model: B, layer_range: [3, 6]}, {model: %s, layer_range: [3, 6]}]
+    """
+    first, _ = merged(text % "O")
+    second, _ = merged(text % "Z", out="again")
+    for name in first:
+        assert torch.equal(first[name], second[name]) == (
+            name == "model.embed_tokens.weight" or any(f".{layer}." in name for layer in range(3))
+        )
+    same = planned(text % "C").steps
+    assert len({step.group for step in same}) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ("weight: 1, density: [.2, .8]", "density"),
+        ("weight: 1, density: [{filter: mlp, value: 1}, {value: .5}]", "density"),
+        ("weight: 1, density: .5, rescale: [{filter: mlp, value: true}, {value: false}]", "rescale"),
+    ],
+)
+def test_ranks_over_the_whole_model_need_one_density(here, settings, key):
+    text = "{merge_method: ties, base_model: Z, models: [{model: A}], parameters: {scope: %s, %s}}"
+    message = refused(text % ("model", settings), RecipeError)
+    assert message.startswith(f"with `scope: model` {key} must be the same")
+    planned(text % ("tensor", settings))
+
+
 # ---------------------------------------------------------------- every tensor is accounted for
 
 LINEAR = "{merge_method: linear, models: [{model: %s}, {model: %s}], parameters: {weight: 1}}"
