@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,12 @@ import numpy as np
 from graftwork.merge import dtypes, lineage
 from graftwork.merge.checkpoint import BLOCK, Checkpoint, TensorEntry
 from graftwork.merge.engine import SPAN, Input, Step
-from graftwork.merge.errors import CheckpointError, MismatchError, RecipeError
+from graftwork.merge.errors import CheckpointError, MismatchError, RecipeError, did_you_mean
 from graftwork.merge.folder import compare_configs, output_config, side_files, weights_order
 from graftwork.merge.layers import Stack, find_stacks, is_head_side, layer_of
 from graftwork.merge.methods.registry import Method, get
 from graftwork.merge.parameters import ParameterProblem, position, resolve, scopes, unmatched_filters
+from graftwork.merge.problems import show
 from graftwork.merge.recipe import ModelReference, Recipe, Slice, Source
 from graftwork.merge.writer import OutputTensor
 
@@ -41,6 +42,9 @@ _EMBEDDINGS = (
     "tok_embeddings.weight",
 )
 
+_COMPARED = 1 << 20
+"""Integer tensors of up to this many bytes are compared while planning; larger ones count as different."""
+
 _UNALIGNED = 0.5
 """Below this cosine between the weights of two models, they hardly come from one ancestor."""
 
@@ -50,7 +54,7 @@ class Options:
     """How a recipe is carried out, as far as it decides the result.
 
     Args:
-        on_mismatch: What to do with a tensor whose shapes differ: stop, take the base's or the donor's, or leave it out.
+        on_mismatch: What to do if the shapes of a tensor differ: stop, take the base's or the donor's, or leave it out.
         on_missing: The same for a tensor that some models lack.
         allow_pickle: Read `.pt` and `.bin` files.
         allow_architectures: Merge models whose configurations name different architectures.
@@ -205,6 +209,21 @@ class Plan:
             checkpoint.close()
 
 
+def seeded(recipe: Recipe, seed: int | None) -> Recipe:
+    """Return the recipe with `seed` wherever it gives none, or the recipe itself if `seed` is None."""
+    if seed is None:
+        return recipe
+    given = recipe.parameters.get("seed", ())
+    setting: object = seed
+    if isinstance(given, Mapping):
+        setting = (given, {"value": seed})
+    elif isinstance(given, list | tuple) and any(isinstance(item, Mapping) for item in given):
+        setting = (*given, {"value": seed})
+    elif not isinstance(given, list | tuple) or given:
+        return recipe
+    return replace(recipe, parameters={**recipe.parameters, "seed": setting})
+
+
 def canonical_recipe(recipe: Recipe, labels: Mapping[str, str]) -> str:
     """Return the recipe as canonical JSON in which models have labels instead of paths."""
 
@@ -246,13 +265,15 @@ class _Wanted:
     group: Slice
     names: dict[ModelReference, str]
     position: float
+    copied: bool = False
 
 
 class _Planner:
     def __init__(self, recipe: Recipe, options: Options, steps: Mapping[str, Path]) -> None:
+        self.method = get(recipe.method)
+        recipe = seeded(recipe, options.seed) if "seed" in self.method.parameters else recipe
         self.recipe = recipe
         self.options = options
-        self.method = get(recipe.method)
         self.warnings = list(recipe.warnings)
         self.problems: list[str] = []
         self.hints: list[str] = []
@@ -280,7 +301,7 @@ class _Planner:
         self.labels = _labels(self.inputs)
         self.places = {reference: number for number, reference in enumerate(self.inputs)}
         self.stacks = [find_stacks(checkpoint.tensors) for checkpoint in self.checkpoints]
-        self.untied = False
+        self.lent = False
         self._scalars: dict[tuple[int, str, str], Any] = {}
         self._pooled: dict[str, dict[str, Any]] = {}
         self._failed: dict[str, list[str]] = {}
@@ -304,11 +325,13 @@ class _Planner:
         for item in wanted:
             self._add(item)
         self._account()
-        self._unmatched_filters()
+        unmatched = self._unmatched()
         if self.problems:
             raise MismatchError(*self.problems, *self.hints)
         if self._failed:
             raise RecipeError([problem + _about(names) for problem, names in sorted(self._failed.items())])
+        if self.options.strict and unmatched:
+            raise RecipeError([f"{warning} (--strict)" for warning in unmatched])
         if not self.steps:
             raise MismatchError("cannot merge: the inputs hold no tensors")
         order = {name: place for place, name in enumerate(weights_order(step.name for step in self.steps))}
@@ -369,16 +392,48 @@ class _Planner:
         rest: dict[str, Slice] = {}
         for group in (self.recipe.slices[0], self.recipe.slices[-1]):
             for reference in [source.model for source in group.sources]:
-                for name in self._tensors(reference):
-                    layer = layer_of(name, self.stacks[self.places[reference]])
-                    if layer and layer[0].prefix == stack.prefix:
-                        continue
+                for name in self._around(reference, stack):
                     if is_head_side(name) == (group is self.recipe.slices[-1]) or len(self.recipe.slices) == 1:
                         rest.setdefault(name, group)
         wanted.extend(
-            _Wanted(name, group, {source.model: name for source in group.sources}, 0.0) for name, group in rest.items()
+            _Wanted(name, group, {source.model: name for source in group.sources}, 0.0)
+            for name, group in [*rest.items(), *self._lent_heads(stack, rest)]
         )
+        donor = self.recipe.donor
+        others = [name for name in self._tensors(donor) if self._elsewhere(name, donor, stack)]
+        wanted.extend(_Wanted(name, self.recipe.slices[0], {donor: name}, 0.0, copied=True) for name in others)
         return wanted
+
+    def _around(self, reference: ModelReference, stack: Stack) -> list[str]:
+        """Return the tensors of a model that go before or after the layers of the sliced stack."""
+        stacks = self.stacks[self.places[reference]]
+        return [
+            name
+            for name in self._tensors(reference)
+            if ((layer := layer_of(name, stacks)) is None or layer[0].prefix != stack.prefix)
+            and not self._elsewhere(name, reference, stack)
+        ]
+
+    def _elsewhere(self, name: str, reference: ModelReference, stack: Stack) -> bool:
+        """Return whether a tensor belongs to another stack than the sliced one, or to the module around it."""
+        stacks = self.stacks[self.places[reference]]
+        layer = layer_of(name, stacks)
+        if layer is not None:
+            return layer[0].prefix != stack.prefix
+        modules = (prefix.rpartition(".")[0] + "." for prefix in stacks if "." in prefix and prefix != stack.prefix)
+        return any(name.startswith(module) and not stack.prefix.startswith(module) for module in modules)
+
+    def _lent_heads(self, stack: Stack, rest: Mapping[str, Slice]) -> list[tuple[str, Slice]]:
+        """Return the head that the last slice's tied models lend where the embedding is that of another model."""
+        first, last = self.recipe.slices[0], self.recipe.slices[-1]
+        if any(_is_head(name) for name in rest):
+            return []
+        heads = [name for source in first.sources for name in self._around(source.model, stack) if _is_head(name)]
+        return [
+            (name, last)
+            for name in dict.fromkeys(heads)
+            if all(self._lent(source.model, name) is not None for source in last.sources)
+        ]
 
     def _stack(self) -> Stack | None:
         """Return the stack whose layers are sliced: the only one that all inputs have."""
@@ -423,6 +478,10 @@ class _Planner:
 
     def _add(self, wanted: _Wanted) -> None:
         group = wanted.group
+        if wanted.copied:
+            ((reference, name),) = wanted.names.items()
+            self._take(wanted, (reference, self._tensors(reference)[name]), "outside the sliced layers")
+            return
         held: dict[ModelReference, TensorEntry] = {}
         for reference, name in wanted.names.items():
             entry = self._tensors(reference).get(name) or self._tied(reference, name)
@@ -463,37 +522,64 @@ class _Planner:
 
     def _tied(self, reference: ModelReference, name: str) -> TensorEntry | None:
         """Return the embedding that stands for a head which a model with tied embeddings does not store."""
-        if name not in _TOP_HEADS and not _ends_with(name, _HEADS):
-            return None
-        place = self.places[reference]
-        config = self.checkpoints[place].config or {}
-        text = config.get("text_config")
-        flag = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
-        if flag is not True:
-            return None
-        found = [entry for key, entry in self.checkpoints[place].tensors.items() if _ends_with(key, _EMBEDDINGS)]
-        if len(found) != 1:
-            return None
-        if not self.untied:
+        found = self._lent(reference, name)
+        if found is not None and not self.lent:
             self.warnings.append(
-                f"{self.labels[place]} ties its head to the embedding and another input does not: the output "
-                "has a head of its own"
+                f"{self.labels[self.places[reference]]} ties its head to the embedding and another input does not: the "
+                "output has a head of its own"
             )
-        self.untied = True
-        return found[0]
+        self.lent = self.lent or found is not None
+        return found
+
+    def _lent(self, reference: ModelReference, name: str) -> TensorEntry | None:
+        """Return the only embedding of a model with tied embeddings, if `name` is a head."""
+        if not _is_head(name) or not self._ties(reference):
+            return None
+        found = [entry for key, entry in self._tensors(reference).items() if _ends_with(key, _EMBEDDINGS)]
+        return found[0] if len(found) == 1 else None
+
+    def _ties(self, reference: ModelReference) -> bool:
+        """Return whether a model's configuration says that its head is its embedding."""
+        return _tie_flag(self.checkpoints[self.places[reference]].config or {}) is True
+
+    def _tie_word_embeddings(self) -> bool | None:
+        """Return what the output's configuration must say of its head, or None to leave what it says."""
+        donor = _tie_flag(self.checkpoints[self.places[self.recipe.donor]].config or {})
+        heads = [step for step in self.steps if _is_head(step.name)]
+        if heads:
+            return None if donor is not True or all(map(self._is_tied_head, heads)) else False
+        group = self.recipe.slices[-1]
+        tied = all(self._lent(source.model, _HEADS[0]) is not None for source in group.sources)
+        return True if donor is False and tied else None
+
+    def _is_tied_head(self, step: Step) -> bool:
+        """Return whether a head that is stored is a second copy of the embedding in all models it comes from."""
+        for item in step.inputs:
+            reference = self.inputs[item.model]
+            embedding = self._lent(reference, item.entry.name)
+            if embedding is None or (embedding.shape, embedding.dtype) != (item.entry.shape, item.entry.dtype):
+                return False
+            if not np.array_equal(self._sample(item), self._sample(Input(item.model, embedding))):
+                return False
+            if not any(Input(item.model, embedding) in other.inputs for other in self.steps if other is not step):
+                return False
+        return True
 
     def _note_integers(
         self, name: str, held: Mapping[ModelReference, TensorEntry], donor: tuple[ModelReference, TensorEntry] | None
     ) -> None:
         if donor is None:
             return
-        first = self.checkpoints[self.places[donor[0]]].read(donor[1].name)
-        for reference, entry in held.items():
-            if entry.size > 1 << 20 or self.checkpoints[self.places[reference]].read(entry.name) != first:
-                self.warnings.append(
-                    f'"{name}" ({donor[1].dtype}) is not averaged: it comes from {self.labels[self.places[donor[0]]]}'
-                )
+        reference, entry = donor
+        alike = all((other.dtype, other.shape) == (entry.dtype, entry.shape) for other in held.values())
+        if alike and entry.size <= _COMPARED:
+            first = self.checkpoints[self.places[reference]].read(entry.name)
+            others = (ref for ref in held if ref != reference)
+            if all(self.checkpoints[self.places[ref]].read(held[ref].name) == first for ref in others):
                 return
+        self.warnings.append(
+            f'"{name}" ({entry.dtype}) is not averaged: it comes from {self.labels[self.places[reference]]}'
+        )
 
     def _accept_missing(
         self,
@@ -637,10 +723,7 @@ class _Planner:
                         for source in sources
                     )
                 else:
-                    value = self._value(number, group, None, wanted.name, wanted.position)
-                    if parameter.name == "seed" and self.options.seed is not None and value == parameter.default:
-                        value = self.options.seed
-                    values[parameter.keyword] = value
+                    values[parameter.keyword] = self._value(number, group, None, wanted.name, wanted.position)
             except ParameterProblem as problem:
                 self._failed.setdefault(str(problem), [])
                 return None
@@ -671,14 +754,20 @@ class _Planner:
                     reason = "taken from another input" if entry.name in names else "its layers are not used"
                     self.dropped.append(Dropped(model, entry, reason))
 
-    def _unmatched_filters(self) -> None:
+    def _unmatched(self) -> list[str]:
+        """Warn of filters and patterns that match no tensor, and return these warnings."""
         names = [name for checkpoint in self.checkpoints for name in checkpoint.tensors]
         names += [step.name for step in self.steps]
         seen: list[tuple[str, Mapping[str, object]]] = [("parameters", self.recipe.parameters)]
         for group in self.recipe.slices:
             seen.append((f"{group.key_path}.parameters", group.parameters))
             seen.extend((f"{source.key_path}.parameters", source.parameters) for source in group.sources)
-        self.warnings.extend(dict.fromkeys(unmatched_filters(seen, names)))
+        found = list(dict.fromkeys(unmatched_filters(seen, names)))
+        for pattern in dict.fromkeys(self.recipe.exclude):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                found.append(f"exclude: the pattern {show(pattern)} matches no tensor{_nearest(pattern, names)}")
+        self.warnings.extend(found)
+        return found
 
     def _compare_configs(self) -> None:
         configs = [
@@ -778,7 +867,7 @@ class _Planner:
             dtype=dtype,
             layer_sources=layers,
             stack_count=count,
-            tie_word_embeddings=False if self.untied else None,
+            tie_word_embeddings=self._tie_word_embeddings(),
             notes=notes,
         )
         self.warnings.extend(notes)
@@ -788,6 +877,17 @@ class _Planner:
 def _ends_with(name: str, ends: Iterable[str]) -> bool:
     """Return whether the last parts of a tensor's name are one of `ends`."""
     return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
+def _is_head(name: str) -> bool:
+    """Return whether a tensor is the head that a model may tie to its embedding."""
+    return name in _TOP_HEADS or _ends_with(name, _HEADS)
+
+
+def _tie_flag(config: Mapping[str, Any]) -> object:
+    """Return what a configuration says of ties between head and embedding; None if nothing."""
+    text = config.get("text_config")
+    return config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
 
 
 def is_buffer(name: str) -> bool:
@@ -808,6 +908,13 @@ def donor_files(plan: Plan) -> dict[str, Path]:
     if folder is None:
         return {}
     return {str(name): folder / name for name in side_files(folder, copy_tokenizer=plan.options.copy_tokenizer)}
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> str:
+    """Return a hint at the tensor or the part of a name that a pattern probably means."""
+    known = list(dict.fromkeys(names))
+    parts = dict.fromkeys(part for name in known for part in name.split("."))
+    return did_you_mean(pattern, known) or did_you_mean(pattern.strip("*?."), parts)
 
 
 def _about(names: Sequence[str]) -> str:

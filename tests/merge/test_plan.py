@@ -400,6 +400,73 @@ def test_two_tied_models_make_a_tied_one(here):
     assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is True
 
 
+@pytest.mark.parametrize(("first", "last"), ["AT", "TA", "TU", "AC", "UT"])
+def test_slices_of_tied_and_untied_models_say_whether_the_head_is_stored(here, first, last):
+    """The head is that of the last slice: its own, or the embedding that it is tied to."""
+    write(here / "U", {name: t for name, t in drawn(8).items() if name != "lm_head.weight"},
+          {**CONFIG, "tie_word_embeddings": True})  # fmt: skip
+    tensors, _ = merged(
+        f"{{merge_method: passthrough, slices: [{{sources: [{{model: {first}, layer_range: [0, 3]}}]}}, "
+        f"{{sources: [{{model: {last}, layer_range: [3, 6]}}]}}]}}",
+        options=Options(allow_config=("tie_word_embeddings",)),
+    )
+    tied = {first, last} <= set("TU")
+    assert ("lm_head.weight" in tensors) is not tied
+    assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is tied
+    if not tied:
+        source = load_torch(Checkpoint.open(last))
+        name = "lm_head.weight" if last in "AC" else "model.embed_tokens.weight"
+        assert torch.equal(tensors["lm_head.weight"], source[name])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_that_is_stored_counts_unless_it_is_the_embedding(here, same):
+    for number, name in enumerate("LR"):
+        tensors = drawn(number)
+        if same:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        write(here / name, tensors, {**CONFIG, "tie_word_embeddings": True})
+    tensors, _ = merged(LINEAR % ("L", "R"))
+    assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is same
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]) is same
+
+
+def test_the_configuration_of_an_untied_donor_follows_tied_slices(here):
+    merged(
+        "{merge_method: passthrough, base_model: A, slices: [{sources: [{model: T, layer_range: [0, 6]}]}]}",
+        options=Options(allow_config=("tie_word_embeddings",)),
+    )
+    assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is True
+
+
+# ---------------------------------------------------------------- several stacks
+
+
+def test_slices_of_a_text_stack_leave_the_other_stacks_to_the_donor(here):
+    names = [
+        "visual.patch_embed.weight", *(f"visual.blocks.{n}.norm.weight" for n in range(3)), "visual.norm.weight",
+        "model.embed_tokens.weight", *(f"model.language_model.layers.{n}.w" for n in range(4)), "model.norm.weight",
+    ]  # fmt: skip
+    for name, value in (("V1", 1.0), ("V2", 2.0)):
+        write(here / name, {key: torch.full((4,), value) for key in names}, None)
+    text = """
+        merge_method: linear
+        parameters: {weight: 1}
+        base_model: %s
+        slices:
+        - sources: [{model: V1, layer_range: [0, 3]}, {model: V2, layer_range: [0, 3]}]
+        - sources: [{model: V1, layer_range: [2, 4]}, {model: V2, layer_range: [2, 4]}]
+    """
+    for donor in ("V1", "V2"):
+        plan = planned(text % donor)
+        assert_accounted_for(plan)
+        tensors, _ = merged(text % donor, out=f"out{donor}")
+        found = {name: tensor[0].item() for name, tensor in tensors.items()}
+        expected = {name: float(donor[1]) for name in names if name.startswith("visual")}
+        expected |= {f"model.language_model.layers.{n}.w": 1.5 for n in range(5)}
+        assert found == expected | {"model.embed_tokens.weight": 1.5, "model.norm.weight": 1.5}
+
+
 # ---------------------------------------------------------------- dtypes
 
 
@@ -437,6 +504,56 @@ def test_warnings_say_what_is_probably_not_meant(here):
     )
     (line,) = [line for line in plan.warnings if "mpl" in line]
     assert 'did you mean "mlp"' in line
+
+
+def test_patterns_that_match_nothing_are_warned_of(here):
+    text = (LINEAR % ("A", "C"))[:-1] + ", exclude: ['*.mpl.*', lm_haed.weight, model.norm.weight]}"
+    lines = [line for line in planned(text).warnings if line.startswith("exclude")]
+    assert lines == [
+        'exclude: the pattern "*.mpl.*" matches no tensor; did you mean "mlp"?',
+        'exclude: the pattern "lm_haed.weight" matches no tensor; did you mean "lm_head.weight"?',
+    ]
+
+
+@pytest.mark.parametrize("more", ["exclude: [nothing]", "parameters: {weight: [{filter: mpl, value: 2}, {value: 1}]}"])
+def test_strict_refuses_what_matches_no_tensor(here, more):
+    weight = "" if "weight" in more else "parameters: {weight: 1}, "
+    text = f"{{merge_method: linear, models: [{{model: A}}, {{model: C}}], {weight}{more}}}"
+    planned(text)
+    assert "matches no tensor" in refused(text, RecipeError, Options(strict=True))
+
+
+def test_large_integers_are_not_read_to_plan(here, monkeypatch):
+    for name, count in (("L", 200_000), ("R", 200_000), ("S", 3)):
+        write(here / name, {"w": torch.ones(3), "ids": torch.arange(count)}, None)
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a tensor was read"))
+    for text in (LINEAR % ("L", "R"), LINEAR % ("S", "L")):
+        assert any('"ids"' in line and "not averaged" in line for line in planned(text).warnings)
+
+
+DARE = (
+    "{merge_method: dare_linear, base_model: Z, models: [{model: A, parameters: {weight: 1, density: .5}}], "
+    "parameters: {%s}}"
+)
+
+
+def test_the_seed_of_the_command_line_yields_to_the_recipe_and_is_kept_in_the_lineage(here):
+    def result(text, out, seed=None):
+        tensors, _ = merged(text, out=out, options=Options(seed=seed))
+        with Checkpoint.open(out) as found:
+            return tensors["lm_head.weight"], json.loads(found.metadata["graftwork.recipe"])
+
+    chosen, lineage = result(DARE % "", "given", 5)
+    written, same = result(DARE % "seed: 5", "written")
+    assert torch.equal(chosen, written)
+    assert lineage == same
+    zero, lineage = result(DARE % "seed: 0", "zero", 5)
+    assert torch.equal(zero, result(DARE % "", "default")[0])
+    assert lineage["parameters"]["seed"] == 0
+    assert not torch.equal(zero, chosen)
+    mixed, _ = result(DARE % "seed: [{filter: mlp, value: 7}]", "mixed", 5)
+    assert torch.equal(mixed, chosen)
+    assert "seed" not in planned(LINEAR % ("A", "C"), Options(seed=5)).recipe.parameters
 
 
 def test_models_that_are_no_relatives_are_warned_of(here):
