@@ -6,6 +6,7 @@ input is merged, copied, or named as dropped.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,12 +20,13 @@ import numpy as np
 
 from graftwork.merge import dtypes, lineage
 from graftwork.merge.checkpoint import BLOCK, Checkpoint, TensorEntry
-from graftwork.merge.engine import SPAN, Input, Step
+from graftwork.merge.engine import HOLD_BYTES, SPAN, Input, Step
 from graftwork.merge.errors import CheckpointError, MismatchError, RecipeError, did_you_mean
 from graftwork.merge.folder import compare_configs, output_config, side_files, weights_order
 from graftwork.merge.layers import Stack, find_stacks, is_head_side, layer_of
 from graftwork.merge.methods.registry import Method, get
 from graftwork.merge.parameters import ParameterProblem, position, resolve, scopes, unmatched_filters
+from graftwork.merge.passes import Apply
 from graftwork.merge.problems import show
 from graftwork.merge.recipe import ModelReference, Recipe, Slice, Source
 from graftwork.merge.writer import OutputTensor
@@ -41,6 +43,9 @@ _EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
+
+_BINS = 1 << 16
+"""Most bins of a window in which a selection looks for its cut."""
 
 _COMPARED = 1 << 20
 """Integer tensors of up to this many bytes are compared while planning; larger ones count as different."""
@@ -163,7 +168,7 @@ class Plan:
 
     def peak_memory(self, threads: int) -> int:
         """Return an estimate of the memory that the engine's buffers need, in bytes."""
-        largest = 0
+        largest = held = 0
         for step in self.merged:
             read = sum(min(BLOCK, step.elements) * dtypes.BITS[item.entry.dtype] // 8 for item in step.inputs)
             memory = read + min(SPAN, step.elements) * dtypes.BITS[step.dtype] // 8
@@ -172,11 +177,24 @@ class Plan:
                 memory += (len(step.inputs) + 2) * step.elements * 8
             if self.method.kind == "rows":
                 unit = math.prod(step.shape[1:]) if len(step.shape) > 1 else step.elements
-                memory += threads * 6 * max(unit * len(step.inputs), min(step.elements * len(step.inputs), 1 << 20)) * 8
-            if self.method.kind == "selection" and step.elements > SPAN:
-                memory += (threads + 1) * len(step.models) * (1 << 20)
+                values = max(unit * len(step.inputs), min(step.elements * len(step.inputs), 1 << 20))
+                # Six float64 arrays while they are made, then a limit and a scale for each element and model.
+                memory += threads * values * (6 * 8 + 4 + 8)
+            if self.method.kind == "selection":
+                windows = len(step.models) * (2 if "gamma" in self.method.parameters else 1)
+                memory += (threads + 1) * windows * _BINS * 8
             largest = max(largest, memory)
-        return largest
+            held = max(held, self._held(step, threads))
+        return largest + held
+
+    def _held(self, step: Step, threads: int) -> int:
+        """Return the memory in which the inputs of a step are kept between the passes of its method."""
+        size = sum(item.entry.size for item in step.inputs)
+        once = inspect.signature(self.method.program).return_annotation in ("Apply", Apply)
+        if once or size > HOLD_BYTES:
+            return 0
+        # Small tensors are worked on side by side; the buffer of larger ones grows by doubling.
+        return size * threads if step.elements <= SPAN else min(2 * size, HOLD_BYTES)
 
     def digest(self) -> str:
         """Return a digest of everything that decides the output's bytes, for resuming an interrupted run."""
