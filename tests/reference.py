@@ -606,6 +606,8 @@ def _karcher(base, x, *, scores, max_iter=10, tol=1e-5, weight=1.0):  # type: ig
         return _from_coefficients(None, x, list(coefficients), 1.0)
     u = products[np.ix_(active, active)] / np.outer(norms[active], norms[active])
     np.fill_diagonal(u, 1.0)
+    if np.sum(weights[active]) == 0:
+        return _from_coefficients(None, x, list(coefficients), 1.0)
     a = weights[active] / np.sum(weights[active])
     if a @ u @ a < tol**2:
         c = np.zeros(len(a))
@@ -730,7 +732,7 @@ def _sce(base, x, *, scores, select_topk=1.0, select="entries"):  # type: ignore
     energies = np.array([exact_sum((difference * mask) ** 2) for difference in differences])
     total = float(np.sum(energies))
     if select == "weights":
-        weights = energies / total if total > 0 else np.full(count, 1.0 / count)
+        weights = energies / total if total > 0 else np.full(count, 1.0 / count if mask.any() else 0.0)
         mask = np.ones(base.shape, dtype=bool)
     else:
         weights = energies / total if total > 0 else np.zeros(count)

@@ -12,8 +12,9 @@ from graftwork.merge.dtypes import promoted
 from graftwork.merge.errors import RecipeError
 from graftwork.merge.memory import merge_arrays
 from graftwork.merge.methods import registry
+from graftwork.merge.methods.arcee_fusion import divergence
 from tests.contract.table import ROWS, W, broken, chosen, laws, merged, values_of, words_of
-from tests.reference import excess, reference, reference_model, ulp
+from tests.reference import divergence_of_rows, excess, reference, reference_model, ulp
 
 GENERATOR = np.random.default_rng(41)
 SHAPE = (12, 16)
@@ -413,6 +414,62 @@ def test_a_spread_beyond_certainty_is_refused(method):
         of(method, {"weight": 1.0, "density": 0.1, "epsilon": 0.15})
 
 
+@pytest.mark.parametrize("method", ["ties", "della"])
+@pytest.mark.parametrize("factor", [1e-60, 1e-46, 1e39, 1e200])
+def test_weights_of_any_size_can_be_normalized(method, factor):
+    settings = {"density": 0.5, "epsilon": 0.1} if method == "della" else {"density": 0.5}
+    for dtype in ("F32", "F64"):
+        wanted = of(method, {**settings, "weight": W}, dtype=dtype)
+        found = of(method, {**settings, "weight": tuple(factor * value for value in W)}, dtype=dtype)
+        near(found, wanted, 1e-6 if dtype == "F32" else 1e-12)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "breadcrumbs", "task_arithmetic", "linear"])
+def test_normalized_sums_take_weights_of_any_size(method):
+    base = None if method == "linear" else BASE
+    wanted = of(method, {"weight": W, "normalize": True}, base, dtype="F32")
+    huge = tuple(1e39 * value for value in W)
+    near(of(method, {"weight": huge, "normalize": True}, base, dtype="F32"), wanted, 1e-6)
+    with pytest.raises(RecipeError, match="float32"):
+        of(method, {"weight": huge, "normalize": False}, base)
+
+
+def test_karcher_of_a_zero_tensor_and_one_without_weight_is_zero():
+    found = of("karcher", {"weight": (1.0, 0.0)}, None, [np.zeros(SHAPE), MODELS[0]])
+    assert np.array_equal(found, np.zeros(SHAPE))
+
+
+def test_the_divergence_of_rows_does_not_see_what_is_added_to_a_row():
+    generator = np.random.default_rng(23)
+    base = generator.integers(-256, 256, (40, 50)) / 256
+    for size in (1e-6, 1e-2, 1.0, 20.0):
+        model = base + np.round(generator.normal(size=base.shape) * size * 2**30) / 2**30
+        wanted = divergence(model[None], base)
+        np.testing.assert_allclose(wanted, divergence_of_rows(model, base), rtol=1e-11)
+        for shift in (-800.0, 60.0, 800.0):
+            for left, right in ((model + shift, base), (model, base + shift)):
+                np.testing.assert_allclose(divergence(left[None], right), wanted, rtol=1e-9 if size > 1e-6 else 1e-6)
+
+
+def test_the_divergence_of_rows_that_are_far_apart_is_finite():
+    generator = np.random.default_rng(24)
+    base, model = generator.normal(size=(2, 30, 50)) * 1000
+    with np.errstate(all="raise", under="ignore"):
+        found = divergence(model[None], base)
+    np.testing.assert_allclose(found, divergence_of_rows(model, base), rtol=1e-11)
+
+
+def test_arcee_fusion_takes_entries_where_a_row_is_shifted():
+    small = BASE + (MODELS[0] - BASE) / 100
+    plain = of("arcee_fusion", models=[small])
+    base, model = BASE.copy(), small.copy()
+    base[0] -= 64
+    found = of("arcee_fusion", None, base, [model])
+    assert np.isfinite(found).all()
+    assert np.count_nonzero(found != base) > 0
+    assert np.count_nonzero(plain != BASE) > 0
+
+
 # ---------------------------------------------------------------- accuracy
 
 SMALL = {
@@ -485,8 +542,6 @@ def within_the_bar(row, parameters, label, count):
             at = np.abs(score - threshold) <= 2.0**-30 * abs(threshold)
             choices = np.stack([widened(base)[name], widened(models[0])[name]])
             found = np.where(at & (found == choices).any(0), wanted.value, found)
-        if row.label == "sce-weights" and not wanted.details["masks"].any():
-            continue  # see test_sce_that_selects_nothing_gives_the_base
         error = excess(wanted, found, dtype)
         assert error <= 1, f"{row.label} on {name} {shape}: {error:.3g} times the bar"
 

@@ -13,19 +13,38 @@ from graftwork.merge.vocabulary import Value, row_value, where, wide
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
+_FAR = 30.0
+_SMALL = 1e-2
+
 
 def divergence(models: Array, base: Array) -> Array:
-    """Return KL(softmax(x) ‖ softmax(b)) of each row, both distributions raised by 1e-8.
+    """Return KL(softmax(x) ‖ softmax(b)) of each row, both distributions P, Q raised by 1e-8.
 
-    Written with u = d - log Σ Q·eᵈ so that every term of the sum is non-negative and nothing cancels.
+    A number added to a whole row of x or b changes nothing: d loses its mean under Q first. Then u = log P/Q, and with
+    ρ = (P - Q)/(Q + 1e-8) every term (Q + 1e-8)·((1 + ρ)·log(1 + ρ) - ρ) is non-negative: nothing cancels. Where some
+    d is so large that its exponential might overflow, P - Q is not small and is simply subtracted.
     """
+    centred = base - base.max(-1, keepdims=True)
+    log_q = centred - np.log(np.exp(centred).sum(-1, keepdims=True))
+    q = np.exp(log_q)
     delta = models[0] - base
-    shifted = np.exp(base - base.max(-1, keepdims=True))
-    q = shifted / shifted.sum(-1, keepdims=True)
-    c = np.log1p((q * np.expm1(delta)).sum(-1, keepdims=True))
+    delta = delta - (q * delta).sum(-1, keepdims=True)
+    far = np.abs(delta).max(-1, keepdims=True) > _FAR
+    near = np.where(far, 0.0, delta)
+    u = near - np.log1p((q * np.expm1(near)).sum(-1, keepdims=True))
+    log_p = log_q + delta
+    log_p = log_p - log_p.max(-1, keepdims=True)
+    p = np.exp(log_p)
+    p = p / p.sum(-1, keepdims=True)
     raised = q + 1e-8
-    ratio = q * np.expm1(delta - c) / raised
-    terms: Array = raised * ((1 + ratio) * np.log1p(ratio) - ratio)
+    ratio = np.where(far, p - q, q * np.expm1(u)) / raised
+    small = np.abs(ratio) < _SMALL
+    inner = np.where(small, ratio, 0.0)
+    series = np.zeros_like(ratio)
+    for power in range(10, 1, -1):  # (1 + ρ)·log(1 + ρ) - ρ = Σ (-ρ)ᵏ/(k·(k - 1)), k = 2, 3, …
+        series = 1.0 / (power * (power - 1)) - inner * series
+    outer = np.where(small, 0.0, ratio)
+    terms: Array = raised * np.where(small, inner * inner * series, (1 + outer) * np.log1p(outer) - outer)
     result: Array = np.maximum(terms.sum(-1), 0.0)
     return result
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from graftwork.merge.methods.registry import Parameter
 from graftwork.merge.passes import Gram, Group
 from graftwork.merge.vocabulary import Value, zeros_like
@@ -14,6 +16,8 @@ OPTIONAL_WEIGHT = Parameter("weight", "weight of the model", default=1.0, per_mo
 LAMBDA = Parameter("lambda", "factor on the merged task vector", default=1.0)
 SEED = Parameter("seed", "seed of the random masks", type=int, default=0, minimum=0, extension=True)
 INT8_MASK = Parameter("int8_mask", "mergekit's storage type for masks", type=bool, default=False, has_effect=False)
+
+_FLOAT32 = np.finfo(np.float32)
 
 
 def normalize(default: bool) -> Parameter:
@@ -26,12 +30,22 @@ def cancels(weight: Sequence[float]) -> bool:
     return abs(sum(weight)) <= 1e-8 * sum(abs(value) for value in weight)
 
 
+def unfit_weights(*, weight: Sequence[float], normalize: bool, **_: Any) -> str | None:
+    """Return the problem with weights that are not divided by their sum and that float32 cannot hold."""
+    if normalize and not cancels(weight):
+        return None
+    for value in weight:
+        if value and not float(_FLOAT32.tiny) <= abs(value) <= float(_FLOAT32.max):
+            return f"the weight {value:g} is beyond what float32 holds; change it or set `normalize: true`"
+    return None
+
+
 def cancelling_weights(*, weight: Sequence[float], normalize: bool = True, **_: Any) -> str | None:
-    """Return the problem with weights that sum to zero where they are divided by their sum."""
+    """Return the problem with weights that sum to zero where they are divided by their sum, or that are unfit."""
     if normalize and cancels(weight):
         listed = ", ".join(f"{value:g}" for value in weight)
         return f"the weights ({listed}) sum to zero and cannot be normalised; change them or set `normalize: false`"
-    return None
+    return unfit_weights(weight=weight, normalize=normalize)
 
 
 def combined_values(models: Sequence[Value], base: Value, index: Value, *, coefficient: Sequence[float]) -> Value:

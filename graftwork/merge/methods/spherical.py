@@ -200,10 +200,11 @@ def karcher(group: Group, *, weight: Sequence[float], max_iter: int, tol: float)
     share = np.array(weight) / sum(weight)
     known = norms > 1e-12 * norms.max()
     coefficient = np.zeros(len(norms))
-    if norms.max() > 0:
+    total = float(share[known].sum())
+    if norms.max() > 0 and total != 0:
         inner = gram[np.ix_(known, known)] / np.outer(norms[known], norms[known])
         np.fill_diagonal(inner, 1.0)
-        part = share[known] / share[known].sum()
+        part = share[known] / total
         coefficient[known] = float(share @ norms) * _mean_direction(inner, part, max_iter, tol) / norms[known]
     return Apply(combined_values, {"coefficient": tuple(coefficient.tolist())})
 

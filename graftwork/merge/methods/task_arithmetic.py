@@ -8,12 +8,22 @@ With task vectors dᵢ = xᵢ - b, masks mᵢ and scales sᵢ, vᵢ = wᵢ sᵢ 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from graftwork.merge.methods.common import INT8_MASK, LAMBDA, SEED, WEIGHT, cancels, combined_deltas, normalize
+from graftwork.merge.methods.common import (
+    INT8_MASK,
+    LAMBDA,
+    SEED,
+    WEIGHT,
+    cancels,
+    combined_deltas,
+    normalize,
+    unfit_weights,
+)
 from graftwork.merge.methods.registry import Parameter, register
 from graftwork.merge.passes import Apply, Formula, Group, PerElement, Select, Sums, everything, nothing
 from graftwork.merge.random import draw_limit
@@ -156,14 +166,19 @@ def _consensus(
     weight: Sequence[float], scale: Any, lambda_: float, normalize: bool, mask: Mapping[str, Any], formula: Formula
 ) -> Apply:
     """Return the pass of a consensus formula."""
+    if normalize and any(weight):  # only ratios count, so that no weight is too large or too small for float32
+        exponent = math.frexp(max(abs(value) for value in weight))[1]
+        weight = tuple(math.ldexp(value, -exponent) for value in weight)
     exact = tuple(np.float64(value) for value in weight)
     exact_scale = scale if isinstance(scale, PerElement) else tuple(np.float64(value) for value in scale)
     settings = {"weight": tuple(weight), "scale": scale, "election": exact, "election_scale": exact_scale}
     return Apply(formula, {**settings, "factor": lambda_, "normalize": normalize, **mask})
 
 
-def _divisor(weight: Sequence[float], normalize: bool) -> float:
-    return sum(weight) if normalize and not cancels(weight) else 1.0
+def _shares(weight: Sequence[float], normalize: bool) -> tuple[float, ...]:
+    """Return the weights, divided by their sum if that is asked for and possible."""
+    divisor = sum(weight) if normalize and not cancels(weight) else 1.0
+    return tuple(value / divisor for value in weight)
 
 
 Passes = Generator[Select | Sums, Any, Apply]
@@ -202,8 +217,8 @@ def _selecting(
         scale = _scales(sums, density)
     if consensus:
         return _consensus(weight, scale, lambda_, normalize, mask, selected_consensus)
-    coefficient = tuple(w * s for w, s in zip(weight, scale, strict=True))
-    return Apply(selected_sum, {"weight": coefficient, "factor": lambda_ / _divisor(weight, normalize), **mask})
+    coefficient = tuple(w * s for w, s in zip(_shares(weight, normalize), scale, strict=True))
+    return Apply(selected_sum, {"weight": coefficient, "factor": lambda_, **mask})
 
 
 def _sampling(
@@ -211,7 +226,7 @@ def _sampling(
     rescale: bool | str, seed: int, consensus: bool, epsilon: Sequence[float] | None = None,
 ) -> Passes:  # fmt: skip
     """Keep entries at random; with `epsilon` those of larger magnitude within their row more often."""
-    divisor = _divisor(weight, normalize)
+    weight = weight if consensus else _shares(weight, normalize)
     limits = tuple(draw_limit(share) for share in density)
     weight = tuple(0.0 if bound < 0 else value for value, bound in zip(weight, limits, strict=True))
     limit: Any = tuple(np.uint32(max(bound, 0)) for bound in limits)
@@ -229,7 +244,7 @@ def _sampling(
         scale = _scales(sums, density)
     if consensus:
         return _consensus(weight, scale, lambda_, normalize, mask, sampled_consensus)
-    return Apply(sampled_sum, {"weight": weight, "scale": scale, "factor": lambda_ / divisor, **mask})
+    return Apply(sampled_sum, {"weight": weight, "scale": scale, "factor": lambda_, **mask})
 
 
 def keep_probabilities(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Array:
@@ -268,14 +283,14 @@ def inverse_probabilities(models: Array, base: Array, *, density: Sequence[float
     return 1.0 / np.where(probability > 0, probability, 1.0)
 
 
-def _epsilon_problem(*, density: Sequence[float], epsilon: Sequence[float], **_: Any) -> str | None:
+def _della_problem(*, density: Sequence[float], epsilon: Sequence[float], **other: Any) -> str | None:
     for share, spread in zip(density, epsilon, strict=True):
         if 0 < share < 1 and not (spread < share and share + spread < 1):
             return (
                 f"density {share:g} and epsilon {spread:g} give keep probabilities from {share - spread:g} to "
                 f"{share + spread:g}; choose epsilon below {min(share, 1 - share):g}"
             )
-    return None
+    return unfit_weights(**other)
 
 
 @register(
@@ -290,12 +305,11 @@ def _epsilon_problem(*, density: Sequence[float], epsilon: Sequence[float], **_:
         Parameter("density", "mergekit accepts it here", default=1.0, per_model=True, has_effect=False),
         Parameter("rescale", "mergekit accepts it here", type=bool, default=False, has_effect=False), INT8_MASK,
     ),
-    models=(0, None),
+    models=(0, None), check=unfit_weights,
 )  # fmt: skip
 def task_arithmetic(group: Group, *, weight: Sequence[float], lambda_: float, normalize: bool) -> Apply:
     """Add the weighted sum of the task vectors to the base."""
-    divisor = sum(weight) if normalize and not cancels(weight) else 1.0
-    return Apply(combined_deltas, {"coefficient": tuple(lambda_ * value / divisor for value in weight)})
+    return Apply(combined_deltas, {"coefficient": tuple(lambda_ * value for value in _shares(weight, normalize))})
 
 
 @register(
@@ -307,6 +321,7 @@ def task_arithmetic(group: Group, *, weight: Sequence[float], lambda_: float, no
     reference="https://arxiv.org/abs/2306.01708",
     parameters=(WEIGHT, DENSITY, LAMBDA, normalize(True), rescale(False), SCOPE, INT8_MASK),
     models=(0, None),
+    check=unfit_weights,
 )
 def ties(
     group: Group, *, weight: Sequence[float], density: Sequence[float], lambda_: float, normalize: bool, rescale: bool,
@@ -327,6 +342,7 @@ def ties(
     reference="https://arxiv.org/abs/2312.06795",
     parameters=(WEIGHT, DENSITY, GAMMA, LAMBDA, normalize(False), rescale(False), INT8_MASK),
     models=(0, None),
+    check=unfit_weights,
 )
 def breadcrumbs(
     group: Group, *, weight: Sequence[float], density: Sequence[float], gamma: Sequence[float], lambda_: float,
@@ -348,6 +364,7 @@ def breadcrumbs(
     reference="https://arxiv.org/abs/2312.06795",
     parameters=(WEIGHT, DENSITY, GAMMA, LAMBDA, normalize(False), rescale(False), INT8_MASK),
     models=(0, None),
+    check=unfit_weights,
 )
 def breadcrumbs_ties(
     group: Group, *, weight: Sequence[float], density: Sequence[float], gamma: Sequence[float], lambda_: float,
@@ -370,7 +387,7 @@ def breadcrumbs_ties(
     parameters=(
         WEIGHT, DENSITY, LAMBDA, normalize(False), rescale(True, "density: the published 1/density"), SEED, INT8_MASK,
     ),
-    models=(0, None),
+    models=(0, None), check=unfit_weights,
 )  # fmt: skip
 def dare_linear(
     group: Group, *, weight: Sequence[float], density: Sequence[float], lambda_: float, normalize: bool,
@@ -393,7 +410,7 @@ def dare_linear(
     parameters=(
         WEIGHT, DENSITY, LAMBDA, normalize(False), rescale(True, "density: the published 1/density"), SEED, INT8_MASK,
     ),
-    models=(0, None),
+    models=(0, None), check=unfit_weights,
 )  # fmt: skip
 def dare_ties(
     group: Group, *, weight: Sequence[float], density: Sequence[float], lambda_: float, normalize: bool,
@@ -418,7 +435,7 @@ _DELLA = (rescale(True, "inverse: the published 1/p per entry"), SEED, INT8_MASK
     reference="https://arxiv.org/abs/2406.11617",
     parameters=(WEIGHT, DENSITY, EPSILON, LAMBDA, normalize(True), *_DELLA),
     models=(0, None),
-    check=_epsilon_problem,
+    check=_della_problem,
 )
 def della(
     group: Group, *, weight: Sequence[float], density: Sequence[float], epsilon: Sequence[float], lambda_: float,
@@ -440,7 +457,7 @@ def della(
     reference="https://arxiv.org/abs/2406.11617",
     parameters=(WEIGHT, DENSITY, EPSILON, LAMBDA, normalize(False), *_DELLA),
     models=(0, None),
-    check=_epsilon_problem,
+    check=_della_problem,
 )
 def della_linear(
     group: Group, *, weight: Sequence[float], density: Sequence[float], epsilon: Sequence[float], lambda_: float,
