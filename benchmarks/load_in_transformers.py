@@ -2,8 +2,8 @@
 
     python benchmarks/load_in_transformers.py [--work DIR]
 
-Makes one virtual environment per version (CPU torch first), builds small random models of several families there, merges
-them with the graftwork of the current environment, and loads the outputs. Takes some minutes, mostly to install.
+Makes one virtual environment per version (CPU torch first), builds small random models of several families there,
+merges them with the graftwork of the current environment, and loads the outputs. Takes some minutes, mostly to install.
 """
 
 from __future__ import annotations

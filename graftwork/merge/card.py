@@ -24,7 +24,7 @@ def model_card(plan: Plan, name: str, recipe: str, metadata: Mapping[str, str]) 
     body = [
         f"# {name}",
         "",
-        f"Merged with [graftwork](https://pypi.org/project/graftwork/) {__version__} by "
+        f"Merged with graftwork {__version__} by "
         f"[{method.title}]({method.reference}) (`{method.name}`).",
         "",
         f"    {method.formula}",
