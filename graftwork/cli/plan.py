@@ -34,11 +34,10 @@ def print_plans(
         everything: Name every tensor.
     """
     from graftwork.merge.plan import make_plan
-    from graftwork.merge.writer import check_output
+    from graftwork.merge.run import check_places
 
     if out is not None:
-        inputs = [model.path for recipe in file.recipes for model in recipe.inputs if model.path is not None]
-        check_output(out, force=settings.force, inputs=inputs)
+        check_places(file, out, settings)
     records: list[Record] = []
     for recipe in file.recipes:
         needed = [reference.step for reference in recipe.inputs if reference.step]

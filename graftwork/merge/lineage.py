@@ -15,13 +15,16 @@ PREFIX = "graftwork."
 DEPTH = 8
 """Generations of parents that are kept."""
 
+LARGEST = 1_000_000
+"""Characters that the lineage may have; older generations are left out of a larger one."""
+
 EMPTY_DIGEST = "0" * 32
 """Stands in for a digest that is not known yet; real ones are as long."""
 
 
 def text_digest(text: str) -> str:
     """Return the xxh3-128 digest of a text, in hexadecimal."""
-    return xxhash.xxh3_128_hexdigest(text.encode())
+    return xxhash.xxh3_128_hexdigest(text.encode(errors="replace"))
 
 
 def parent_record(name: str, digest: str, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -43,6 +46,20 @@ def own_parents(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     except (ValueError, RecursionError):
         return []
     return [parent for parent in parents if isinstance(parent, dict)] if isinstance(parents, list) else []
+
+
+def _parents_json(parents: Sequence[Mapping[str, Any]]) -> str:
+    """Return the records as JSON, with as many generations as fit into `LARGEST`.
+
+    Families grow with every generation, and each artifact repeats what all its parents know.
+    """
+    text = ""
+    for depth in range(DEPTH, -1, -1):
+        kept = [_pruned(dict(parent), depth) for parent in parents]
+        text = json.dumps(kept, separators=(",", ":"), ensure_ascii=False)
+        if len(text) <= LARGEST:
+            break
+    return text
 
 
 def _pruned(record: dict[str, Any], depth: int) -> dict[str, Any]:
@@ -72,11 +89,13 @@ def metadata(
         "method": method,
         "recipe": recipe,
         "recipe_digest": text_digest(recipe),
-        "parents": json.dumps(parents, separators=(",", ":"), ensure_ascii=False),
+        "parents": _parents_json(parents),
         "digest": digest,
         **more,
     }
-    return {"format": "pt", **{PREFIX + key: value for key, value in sorted(entries.items())}}
+    # What other programs wrote may hold half of a surrogate pair, which no file can.
+    values = {key: value.encode(errors="replace").decode() for key, value in sorted(entries.items())}
+    return {"format": "pt", **{PREFIX + key: value for key, value in values.items()}}
 
 
 def tree(metadata: Mapping[str, str], name: str) -> list[str]:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from graftwork.merge import lineage
+import xxhash
+
+from graftwork.merge import dtypes, lineage
 from graftwork.merge.card import model_card
-from graftwork.merge.checkpoint import content_digest
+from graftwork.merge.checkpoint import BLOCK, Checkpoint, content_digest, tensor_digest
 from graftwork.merge.engine import FUSE_ABOVE, Engine, Stopped
-from graftwork.merge.errors import GraftworkError, RecipeError
+from graftwork.merge.errors import CheckpointError, DependencyError, GraftworkError, OutputError
 from graftwork.merge.plan import Options, Plan, canonical_recipe, donor_files, make_plan
 from graftwork.merge.recipe import RecipeFile, load_recipe
 from graftwork.merge.writer import CheckpointWriter, check_output
 
 RECIPE_NAME = "graftwork_recipe.yml"
+
+_STEPS_MARK = ".graftwork-steps"
+"""Marks a folder of intermediate outputs as made by a merge, which will remove it."""
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing has gone wrong
@@ -117,38 +123,115 @@ def merge(
         progress: Tells a progress bar how far the work is.
 
     Raises:
-        GraftworkError: Something that the user can put right; nothing is left behind.
+        GraftworkError: Something that the user can put right. Nothing is left behind, unless the same merge may succeed
+            later: then what is finished stays to go on with.
         Interrupted: Ctrl-C; the unfinished output is kept and can be resumed.
     """
     file = recipe if isinstance(recipe, RecipeFile) else load_recipe(recipe)
     chosen = settings or Settings()
     chosen = replace(chosen, force=force or chosen.force, threads=threads or chosen.threads)
     target = Path(out)
-    every = [reference.path for item in file.recipes for reference in item.inputs if reference.path is not None]
-    check_output(target, force=chosen.force, inputs=every)
-    named = {item.name: item for item in file.recipes[:-1] if item.name}
-    all_named = len(file.recipes) > 1 and file.recipes[-1].name is not None
-    root = target if all_named else chosen.intermediate or target.with_name(target.name + ".steps")
+    places = check_places(file, target, chosen)
+    temporary = places[0].parent if places[-1] == target and len(places) > 1 and chosen.intermediate is None else None
     made: dict[str, Path] = {}
-    result: MergeResult | None = None
-    for item in file.recipes:
-        last = item is file.recipes[-1]
-        place = target if last and not all_named else root / str(item.name)
-        plan = make_plan(item, options, steps=made)
+    with _steps_folder(temporary) as done:
+        for item, place in zip(file.recipes, places, strict=True):
+            last = place is places[-1]
+            plan = make_plan(item, options, steps=made)
+            try:
+                if last:
+                    result = _carry_out(plan, place, file, chosen, progress, force=chosen.force)
+                    if _is_marked(temporary):
+                        done.update(made.values())
+                    return result
+                if not (chosen.reuse and _is_done(plan, place)):
+                    _carry_out(plan, place, file, chosen, progress, force=chosen.force or _is_own(place))
+                    done.add(place)
+            finally:
+                plan.close()
+            made[str(item.name)] = place
+    raise AssertionError("a recipe has at least one document")
+
+
+def check_places(file: RecipeFile, target: Path, settings: Settings) -> list[Path]:
+    """Return where the output of each document goes, checked against the inputs and what is there already.
+
+    Raises:
+        OutputError: A place is not free, and is nothing that may be replaced.
+    """
+    inputs = [reference.path for item in file.recipes for reference in item.inputs if reference.path is not None]
+    if len(file.recipes) == 1:
+        check_output(target, force=settings.force, inputs=inputs)
+        return [target]
+    names = [str(item.name) for item in file.recipes]
+    if file.recipes[-1].name is not None:
+        _check_root(target, names, force=settings.force)
+        places = [target / name for name in names]
+    else:
+        check_output(target, force=settings.force, inputs=inputs)
+        root = settings.intermediate or target.with_name(target.name + ".steps")
+        places = [*(root / name for name in names[:-1]), target]
+        for place in places[:-1]:
+            _check_apart(place, target)
+    for place in places[:-1]:
+        check_output(place, force=settings.force or _is_own(place), inputs=inputs)
+    if places[-1] != target:
+        check_output(places[-1], force=settings.force, inputs=inputs)
+    return places
+
+
+def _check_root(root: Path, names: Sequence[str], *, force: bool) -> None:
+    """Check a folder for the outputs of all documents; one that an earlier run has begun may be gone on with."""
+    if root.name in {"", ".."}:
+        raise OutputError(f"cannot write {root}: a merge makes a folder of its own; give it a name")
+    if not os.path.lexists(root):
+        return
+    if not root.is_dir():
+        raise OutputError(f"cannot write {root}: it is not a folder; choose another place")
+    known = {name + end for name in names for end in ("", ".partial", ".replaced")}
+    if not force and not {path.name for path in root.iterdir()} <= known:
+        raise OutputError(f"cannot write {root}: it exists; choose another place, or write into it with --force")
+
+
+def _check_apart(place: Path, target: Path) -> None:
+    """Make sure that an intermediate output and the output do not lie within each other."""
+    one, other = place.resolve(), target.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise OutputError(
+            f"cannot write {target}: it and the intermediate output {place} would lie within each other; "
+            "choose another place"
+        )
+
+
+@contextlib.contextmanager
+def _steps_folder(folder: Path | None) -> Iterator[set[Path]]:
+    """Yield a set; outputs added to it are removed from the folder of intermediate outputs after a run without errors.
+
+    A folder that was not there before is removed with them, unless something else has come into it.
+    """
+    done: set[Path] = set()
+    if folder is not None and not os.path.lexists(folder):
         try:
-            if place != target and chosen.reuse and _is_done(plan, place):
-                made[str(item.name)] = place
-                continue
-            result = _carry_out(plan, place, file, chosen, progress, force=chosen.force or place != target)
-        finally:
-            plan.close()
-        if item.name:
-            made[item.name] = place
-    if named and chosen.intermediate is None and not all_named:
-        shutil.rmtree(root, ignore_errors=True)
-    if result is None:
-        raise RecipeError(f"cannot merge: every output is already in {root}; recompute them with --no-lazy")
-    return result
+            folder.mkdir(parents=True)
+            (folder / _STEPS_MARK).touch()
+        except OSError as error:
+            raise OutputError(f"cannot write {folder}: {error.strerror}; check the path and its permissions") from None
+    succeeded = False
+    try:
+        yield done
+        succeeded = True
+    finally:
+        if folder is not None:
+            for place in done if succeeded else ():
+                shutil.rmtree(place, ignore_errors=True)
+            if _is_marked(folder) and {path.name for path in folder.iterdir()} == {_STEPS_MARK}:
+                with contextlib.suppress(OSError):
+                    (folder / _STEPS_MARK).unlink()
+                    folder.rmdir()
+
+
+def _is_marked(folder: Path | None) -> bool:
+    return folder is not None and (folder / _STEPS_MARK).is_file()
 
 
 def usable_cores() -> int:
@@ -158,13 +241,20 @@ def usable_cores() -> int:
 
 def _is_done(plan: Plan, place: Path) -> bool:
     """Return whether an intermediate output was made by this very plan."""
-    from graftwork.merge.checkpoint import Checkpoint
+    return _plan_of(place) == plan.digest()
 
+
+def _is_own(place: Path) -> bool:
+    """Return whether a merge has made what lies there."""
+    return _plan_of(place) is not None
+
+
+def _plan_of(place: Path) -> str | None:
     try:
         with Checkpoint.open(place) as found:
-            return found.metadata.get(lineage.PREFIX + "plan") == plan.digest()
+            return found.metadata.get(lineage.PREFIX + "plan")
     except GraftworkError:
-        return False
+        return None
 
 
 def _carry_out(
@@ -174,15 +264,21 @@ def _carry_out(
     device = _device(settings.device)
     threads = settings.threads or usable_cores()
     digest = plan.digest()
-    writer = CheckpointWriter(
-        out,
-        plan.outputs,
-        _metadata(plan, digest, {}, lineage.EMPTY_DIGEST),
-        plan_digest=digest,
-        max_shard_bytes=settings.max_shard_bytes,
-        force=force,
-        restart=settings.restart,
-    )
+    stamps = _stamps(plan)
+    try:
+        writer = CheckpointWriter(
+            out,
+            plan.outputs,
+            _metadata(plan, digest, {}, lineage.EMPTY_DIGEST),
+            plan_digest=digest,
+            max_shard_bytes=settings.max_shard_bytes,
+            force=force,
+            restart=settings.restart,
+            stamps=stamps,
+            input_digest=lambda model, name: _digest(plan.checkpoints[model], name),
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped before the work on {out} began: run the same command again to go on") from None
     try:
         steps = [step for step in plan.steps if step.name not in writer.resumed]
         count = progress(_start(plan, writer)) if progress else (lambda size: None)
@@ -196,18 +292,60 @@ def _carry_out(
         writer.publish(metadata, _files(plan, out, file, metadata, settings) if not writer.single_file else {})
     except (KeyboardInterrupt, Stopped):
         writer.close()
-        raise Interrupted(
-            f"stopped; {len(writer.digests)} of {len(plan.steps)} tensors are finished in {writer.partial}: "
-            "run the same command again to go on"
-        ) from None
+        if writer.published:
+            raise Interrupted(f"stopped; {out} is complete") from None
+        raise Interrupted(f"stopped; {_finished(plan, writer)}") from None
+    except (CheckpointError, DependencyError, OutputError) as error:
+        # The same merge may succeed later, unless its inputs are not what they were.
+        if isinstance(error, CheckpointError) and _stamps(plan) != stamps:
+            writer.abandon()
+            raise
+        if not writer.leave():
+            raise
+        *others, problem = error.problems
+        raise type(error)(*others, f"{problem}; {_finished(plan, writer)}") from None
     except GraftworkError:
         writer.abandon()
         raise
     except BaseException:
-        writer.close()
+        writer.leave()
         raise
     notes = [f"{step.name}: {note}" for step in plan.merged for note in step.notes]
     return MergeResult(out, plan, output, time.monotonic() - start, len(writer.resumed), notes)
+
+
+def _finished(plan: Plan, writer: CheckpointWriter) -> str:
+    return (
+        f"{len(writer.digests)} of {len(plan.steps)} tensors are finished in {writer.partial}: "
+        "run the same command again to go on"
+    )
+
+
+def _stamps(plan: Plan) -> list[list[int]]:
+    """Return size and time of every file that an input consists of."""
+    stamps = []
+    for checkpoint in plan.checkpoints:
+        for path in sorted({entry.file for entry in checkpoint.tensors.values()}):
+            try:
+                status = os.stat(path)
+            except OSError:
+                stamps.append([-1, -1])
+            else:
+                stamps.append([status.st_size, status.st_mtime_ns])
+    return stamps
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> bytes:
+    """Return the digest of a tensor of an input as the engine computes it."""
+    entry = checkpoint.tensors[name]
+    block = max(1, BLOCK * dtypes.BITS[entry.dtype] // 8)
+    buffer = memoryview(bytearray(min(block, entry.size)))
+    digests = []
+    for offset in range(0, entry.size, block):
+        part = buffer[: min(block, entry.size - offset)]
+        checkpoint.read_into(entry, offset, part)
+        digests.append(xxhash.xxh3_128_digest(part))
+    return tensor_digest(digests or [b""])
 
 
 def _start(plan: Plan, writer: CheckpointWriter) -> Start:
@@ -272,7 +410,7 @@ def _files(
     files: dict[str, bytes | Path] = dict(donor_files(plan))
     if plan.config is not None:
         files["config.json"] = plan.config.encode()
-    files[RECIPE_NAME] = file.text.encode()
+    files[RECIPE_NAME] = file.text.encode(errors="replace")
     if settings.write_card:
-        files["README.md"] = model_card(plan, out.name, file.text, metadata).encode()
+        files["README.md"] = model_card(plan, out.name, file.text, metadata).encode(errors="replace")
     return files

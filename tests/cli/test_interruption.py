@@ -47,7 +47,7 @@ def _run(folder: Path, out: str) -> subprocess.CompletedProcess[str]:
 def _stopped(folder: Path, out: str, number: signal.Signals) -> subprocess.CompletedProcess[str]:
     """Run the merge, send a signal after its first tensors, and return what came of it."""
     arguments = [*_COMMAND, "merge", "r.yml", out, "-j", "1"]
-    journal = folder / f"{out}.partial" / "journal.jsonl"
+    journal = folder / f"{out}.partial" / ".graftwork-journal.jsonl"
     with subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:

@@ -390,7 +390,7 @@ def test_an_unfinished_merge_of_another_size_of_shards_leaves_no_trace(command: 
     # As a process leaves it that dies: a journal of this very plan, and a shard that the next run will not have.
     partial = models / "next.partial"
     partial.mkdir()
-    (partial / "journal.jsonl").write_text(json.dumps({"plan": digest}) + "\n")
+    (partial / ".graftwork-journal.jsonl").write_text(json.dumps({"plan": digest}) + "\n")
     (partial / "model-00001-of-00009.safetensors").write_bytes(b"old")
     assert command("merge", path, "next").code == 0
     assert sorted(file.name for file in (models / "next").iterdir()) == [

@@ -163,7 +163,7 @@ def victims(prepared):
 
 
 def journal_lines(folder):
-    path = folder / "out.partial" / "journal.jsonl"
+    path = folder / "out.partial" / ".graftwork-journal.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
@@ -220,8 +220,8 @@ def test_killed_when_the_journal_has_some_lines(victims, monkeypatch, lines):
 @pytest.mark.parametrize(
     ("event", "about", "skip"),
     [
-        ("os.mkdir", "out.partial", 0), ("open", "journal.jsonl", 0), ("open", "-of-", 0), ("open", "-of-", 2),
-        ("open", "index.json", 0), ("open", "README.md", 0), ("os.rename", "out.partial", 0),
+        ("os.mkdir", "out.partial", 0), ("open", ".graftwork-journal.jsonl", 0), ("open", "-of-", 0),
+        ("open", "-of-", 2), ("open", "index.json", 0), ("open", "README.md", 0), ("os.rename", "out.partial", 0),
     ],
 )  # fmt: skip
 def test_killed_at_a_step_of_opening_or_publishing(victims, monkeypatch, event, about, skip):
@@ -234,18 +234,20 @@ def test_killed_at_a_step_of_opening_or_publishing(victims, monkeypatch, event, 
 
 def test_killed_when_the_output_has_just_come_into_its_place(victims, monkeypatch):
     """It is whole, and the last trace of the run is swept up by the next one."""
-    victims.start("os.remove", "journal.jsonl")
+    victims.start("os.remove", ".graftwork-journal.jsonl")
     assert victims.ended() == signal.SIGKILL
     monkeypatch.chdir(victims.folder)
     assert weights("out") == weights("whole")
     with pytest.raises(OutputError, match="--force"):
         run()
-    assert not Path("out/journal.jsonl").exists()
     assert run(force=True).resumed == 0
     assert weights("out") == weights("whole")
+    assert not Path("out/.graftwork-journal.jsonl").exists()
 
 
-@pytest.mark.parametrize(("event", "about"), [("os.remove", "journal.jsonl"), ("shutil.rmtree", "out.partial")])
+@pytest.mark.parametrize(
+    ("event", "about"), [("os.remove", ".graftwork-journal.jsonl"), ("shutil.rmtree", "out.partial")]
+)
 def test_killed_while_an_output_is_replaced(victims, monkeypatch, event, about):
     """There is always a whole output, the old or the new one, and a further run goes through."""
     monkeypatch.chdir(victims.folder)
@@ -291,7 +293,7 @@ def test_ctrl_c_keeps_what_is_finished(here):
 
 def test_a_journal_line_cut_off_in_the_middle_costs_one_tensor(here):
     interrupted(40)
-    journal = Path("out.partial/journal.jsonl")
+    journal = Path("out.partial/.graftwork-journal.jsonl")
     journal.write_bytes(journal.read_bytes()[:-20])
     assert run().resumed == 39
     assert weights("out") == weights("whole")
@@ -299,7 +301,7 @@ def test_a_journal_line_cut_off_in_the_middle_costs_one_tensor(here):
 
 def test_what_is_finished_after_such_a_cut_is_not_lost_to_a_second_stop(here):
     interrupted(40)
-    journal = Path("out.partial/journal.jsonl")
+    journal = Path("out.partial/.graftwork-journal.jsonl")
     journal.write_bytes(journal.read_bytes()[:-20])
     interrupted(90)
     assert run().resumed >= 89
@@ -312,7 +314,7 @@ JUNK = [b"", b"\0" * 300, b'{"plan"', b"not json\n", b"\xff\xfe\n", b"[1]\n", b'
 @pytest.mark.parametrize("junk", JUNK)
 def test_a_journal_of_junk_is_never_believed(here, junk):
     interrupted(40)
-    Path("out.partial/journal.jsonl").write_bytes(junk)
+    Path("out.partial/.graftwork-journal.jsonl").write_bytes(junk)
     try:
         assert run().resumed == 0
     except OutputError as error:  # it names another plan: the user decides
@@ -331,7 +333,7 @@ def test_a_journal_of_junk_is_never_believed(here, junk):
 )  # fmt: skip
 def test_a_false_line_in_the_journal_is_never_believed(here, entry):
     interrupted(3)
-    journal = Path("out.partial/journal.jsonl")
+    journal = Path("out.partial/.graftwork-journal.jsonl")
     first, *_ = journal.read_text().splitlines()
     journal.write_text(first + "\n" + json.dumps(entry) + "\n")
     assert run().resumed == 0

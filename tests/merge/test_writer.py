@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +17,12 @@ import safetensors.torch
 import torch
 
 from graftwork.merge import checkpoint as checkpoint_module
+from graftwork.merge import run as run_module
 from graftwork.merge import writer as writer_module
 from graftwork.merge.checkpoint import Checkpoint, load_torch
-from graftwork.merge.errors import CheckpointError, OutputError
+from graftwork.merge.errors import CheckpointError, DataError, OutputError
 from graftwork.merge.recipe import parse_recipe
-from graftwork.merge.run import Settings, merge
+from graftwork.merge.run import Interrupted, Settings, merge
 from graftwork.merge.writer import CheckpointWriter, OutputTensor
 
 RECIPE = "{merge_method: linear, models: [{model: L}, {model: R}], parameters: {weight: 1}}"
@@ -229,17 +233,122 @@ def test_an_output_needs_a_name(here, out):
     assert tree(".") == before
 
 
-def test_an_output_put_aside_by_a_crash_is_put_back(here):
+def killed(event, about, *arguments, **settings):
+    """Run a merge in a process that dies when it is about to do something."""
+    process = os.fork()
+    if process == 0:
+
+        def watch(name, values):
+            if name == event and any(about in str(value) for value in values):
+                os._exit(9)
+
+        sys.addaudithook(watch)
+        try:
+            run(*arguments, **settings)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+
+
+def test_an_output_put_aside_by_a_crash_is_put_back(here, monkeypatch):
     """The fallback for systems that cannot exchange two folders moves the old output aside for a moment."""
+    monkeypatch.setattr(writer_module, "USE_EXCHANGE", False)
     run(text=OTHER)
     before = tree("out")
-    os.rename("out", "out.replaced")
+    killed("os.rename", "out.partial", force=True)
+    nothing_else(here, "out.partial", "out.replaced")
     with pytest.raises(OutputError, match="--force"):
         run()
     assert tree("out") == before
     run(force=True)
     assert_is_the_merge("out")
     nothing_else(here, "out")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("text", [RECIPE, OTHER])
+def test_what_was_replaced_is_removed_by_the_next_run(here, monkeypatch, exchange, text):
+    monkeypatch.setattr(writer_module, "USE_EXCHANGE", exchange and writer_module.USE_EXCHANGE)
+    run(text=OTHER)
+    killed("shutil.rmtree", "out.", force=True)
+    nothing_else(here, "out", "out.partial" if exchange else "out.replaced")
+    assert_is_the_merge("out")
+    run(text=text, force=True)
+    nothing_else(here, "out")
+    assert not Path("out", writer_module.JOURNAL).exists()
+
+
+PRECIOUS = {"journal.jsonl": b"my experiments", "config.json": b"{}", "model.safetensors": b"x"}
+
+
+def precious(folder):
+    Path(folder).mkdir()
+    for name, data in PRECIOUS.items():
+        (Path(folder) / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_folders_that_only_have_the_names_of_ours_stay(here, monkeypatch, exchange):
+    monkeypatch.setattr(writer_module, "USE_EXCHANGE", exchange and writer_module.USE_EXCHANGE)
+    for name in ("out", "out.partial", "out.replaced"):
+        precious(name)
+    before = tree(".")
+    writer_module.check_output(Path("out"), force=True)
+    for settings in ({}, {"force": True}, {"force": True, "restart": True}):
+        with pytest.raises(OutputError):
+            run(**settings)
+        assert tree(".") == before
+    shutil.rmtree("out.partial")
+    shutil.rmtree("out")
+    run()
+    assert_is_the_merge("out")
+    assert tree("out.replaced") == PRECIOUS
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_what_comes_into_the_place_of_the_output_during_the_run_is_not_replaced(
+    here, monkeypatch, exchange, locks, out
+):
+    monkeypatch.setattr(writer_module, "USE_EXCHANGE", exchange and writer_module.USE_EXCHANGE)
+    monkeypatch.setattr(writer_module, "USE_LOCKS", locks)
+    place = Path(out)
+
+    def appear(*_):
+        if place.suffix:
+            place.write_bytes(b"mine")
+        else:
+            place.mkdir()
+        return lambda size: None
+
+    for moment in ("early", "late"):
+        with monkeypatch.context() as patch:
+            if moment == "late":
+                patch.setattr(CheckpointWriter, "_check_place", appear)
+            with pytest.raises(OutputError, match="move it away") as caught:
+                merge(parse_recipe(RECIPE), out, threads=1, progress=appear if moment == "early" else None)
+        assert f"11 of 11 tensors are finished in {out}.partial" in str(caught.value)
+        assert len(caught.value.problems) == 1
+        if place.suffix:
+            assert place.read_bytes() == b"mine"
+            place.unlink()
+        else:
+            place.rmdir()
+    assert run(out).resumed == len(tensors(0))
+    assert_is_the_merge(out)
+    nothing_else(here, out)
+
+
+def test_even_force_does_not_replace_what_is_no_model_and_came_during_the_run(here):
+    def appear(*_):
+        Path("out").mkdir()
+        Path("out/thesis.tex").write_text("years of work")
+        return lambda size: None
+
+    with pytest.raises(OutputError, match="holds no model"):
+        merge(parse_recipe(RECIPE), "out", force=True, threads=1, progress=appear)
+    assert tree("out") == {"thesis.tex": b"years of work"}
 
 
 def test_a_folder_that_may_not_be_written_to_is_refused_in_one_line(here):
@@ -265,13 +374,13 @@ def unfinished(text=RECIPE, largest=5_000_000_000):
     from graftwork.merge import lineage
     from graftwork.merge.engine import Engine
     from graftwork.merge.plan import make_plan
-    from graftwork.merge.run import _metadata
+    from graftwork.merge.run import _metadata, _stamps
 
     plan = make_plan(parse_recipe(text).recipes[0])
     digest = plan.digest()
     writer = CheckpointWriter(
         Path("out"), plan.outputs, _metadata(plan, digest, {}, lineage.EMPTY_DIGEST), plan_digest=digest,
-        max_shard_bytes=largest,
+        max_shard_bytes=largest, stamps=_stamps(plan),
     )  # fmt: skip
     Engine(plan.checkpoints, writer, plan.labels).run(plan.steps)
     writer.close()
@@ -323,13 +432,118 @@ def test_a_folder_of_someone_else_is_not_taken_for_an_unfinished_output(here):
     assert tree("out.partial") == {"letter.txt": b"x"}
 
 
+def test_an_input_that_changed_in_the_middle_is_noticed(here):
+    """The plan knows only the ends of each tensor; the journal knows them whole."""
+    big = torch.zeros(64, 4096)
+    for name in "LR":
+        safetensors.torch.save_file({"big": big, **tensors("LR".index(name))}, f"{name}/model.safetensors")
+    unfinished()
+    big[32] = 1
+    safetensors.torch.save_file({"big": big, **tensors(0)}, "L/model.safetensors")
+    run("whole")
+    with pytest.raises(Interrupted):
+        merge(parse_recipe(RECIPE), "out", threads=1, progress=stop)
+    result = run()
+    assert result.resumed == len(tensors(0))
+    assert weights("out") == weights("whole")
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_input_that_was_put_back_is_noticed(here):
+    """Parts of two versions of an input may be in the journal, and the present one may be either."""
+    values = {"a.big": torch.zeros(64, 4096), "b.big": torch.zeros(64, 4096), "c": torch.zeros(4)}
+    place = Path("L/model.safetensors")
+    for name in "LR":
+        safetensors.torch.save_file(values, f"{name}/model.safetensors")
+    old, time = place.read_bytes(), place.stat().st_mtime_ns
+    run("whole")
+
+    def stop_at(tensor):
+        def observer(start):
+            def count(size):
+                if tensor in Path("out.partial", writer_module.JOURNAL).read_text():
+                    raise KeyboardInterrupt
+
+            return count
+
+        return observer
+
+    with pytest.raises(Interrupted):
+        merge(parse_recipe(RECIPE), "out", threads=1, progress=stop_at('{"tensor": "a.big"'))
+    values["a.big"][32] = values["b.big"][32] = 1
+    safetensors.torch.save_file(values, place)
+    with pytest.raises(Interrupted):
+        merge(parse_recipe(RECIPE), "out", threads=1, progress=stop_at('{"tensor": "b.big"'))
+    place.write_bytes(old)
+    os.utime(place, ns=(time, time))
+    run()
+    assert weights("out") == weights("whole")
+
+
+@pytest.mark.parametrize("out", ["s.safetensors"])
+def test_the_remains_of_a_file_that_is_in_its_place_are_in_nobodys_way(here, out):
+    killed("os.remove", writer_module.JOURNAL, out)
+    assert tree(f"{out}.partial").keys() == {writer_module.JOURNAL}
+    assert_is_the_merge(out)
+    run(out, OTHER, force=True)
+    nothing_else(here, out)
+
+
+def test_ctrl_c_while_a_run_looks_at_what_is_finished(here, monkeypatch):
+    unfinished()
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "_digest", stop)
+        with pytest.raises(Interrupted, match="run the same command again"):
+            run()
+    assert run().resumed == len(tensors(0))
+
+
+def test_a_disk_that_is_full_on_the_second_try_costs_nothing_that_is_finished(here, monkeypatch):
+    unfinished()
+    shard = Path("out.partial/model.safetensors")
+    os.truncate(shard, shard.stat().st_size - 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OutputError, match="no room") as caught:
+            run()
+    assert "what an earlier run finished stays in out.partial" in str(caught.value)
+    assert run().resumed >= len(tensors(0)) - 1
+    assert_is_the_merge("out")
+
+
+def test_an_error_at_the_end_costs_nothing_that_is_finished(here, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_files", lambda *_: {"tokenizer.json": Path("L/tokenizer.json")})
+        with pytest.raises(OutputError, match=r"L/tokenizer\.json: No such file") as caught:
+            run()
+    assert "run the same command again" in str(caught.value)
+    assert run().resumed == len(tensors(0))
+    assert_is_the_merge("out")
+
+
+def test_values_that_cannot_be_merged_leave_nothing(here):
+    broken = tensors(0)
+    broken["layers.7.w"][0, 0] = float("nan")
+    safetensors.torch.save_file(broken, "L/model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError):
+        run()
+    nothing_else(here)
+
+
 def test_two_processes_do_not_write_one_output(here):
     unfinished()
-    with Path("out.partial/journal.jsonl").open("a") as held:
+    with Path("out.partial/.graftwork-journal.jsonl").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another process is writing it"):
             run()
-        assert Path("out.partial/journal.jsonl").exists()
+        assert Path("out.partial/.graftwork-journal.jsonl").exists()
     run()
     assert_is_the_merge("out")
 
