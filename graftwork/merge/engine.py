@@ -48,7 +48,7 @@ _STRIP = 16_384
 _ROW_VALUES = 1 << 20
 """Values that a function over rows gets at a time, at least one slice."""
 
-_WINDOW_BITS = 19
+WINDOW_BITS = 19
 """A selection's histogram has up to 2^19 bins."""
 
 _SAMPLE = 131_072
@@ -969,7 +969,7 @@ class _Selection:
         while len(keys) < len(windows):
             places = [place for place in windows if place not in keys]
             spans = [windows[place] for place in places]
-            shifts = [max(0, (high - low - 1).bit_length() - _WINDOW_BITS) for low, high in spans]
+            shifts = [max(0, (high - low - 1).bit_length() - WINDOW_BITS) for low, high in spans]
             above, counts = self._histogram([row for row, _ in places], spans, shifts)
             for position, place in enumerate(places):
                 low, high = windows[place]

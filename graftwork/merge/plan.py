@@ -20,7 +20,7 @@ import numpy as np
 
 from graftwork.merge import dtypes, lineage
 from graftwork.merge.checkpoint import BLOCK, Checkpoint, TensorEntry
-from graftwork.merge.engine import HOLD_BYTES, SPAN, Input, Step
+from graftwork.merge.engine import HOLD_BYTES, SPAN, WINDOW_BITS, Input, Step
 from graftwork.merge.errors import CheckpointError, MismatchError, RecipeError, did_you_mean
 from graftwork.merge.folder import compare_configs, output_config, side_files, weights_order
 from graftwork.merge.layers import Stack, find_stacks, is_head_side, layer_of
@@ -43,9 +43,6 @@ _EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
-
-_BINS = 1 << 16
-"""Most bins of a window in which a selection looks for its cut."""
 
 _COMPARED = 1 << 20
 """Integer tensors of up to this many bytes are compared while planning; larger ones count as different."""
@@ -182,7 +179,7 @@ class Plan:
                 memory += threads * values * (6 * 8 + 4 + 8)
             if self.method.kind == "selection":
                 windows = len(step.models) * (2 if "gamma" in self.method.parameters else 1)
-                memory += (threads + 1) * windows * _BINS * 8
+                memory += windows * (1 << WINDOW_BITS) * (4 * threads + 8)
             largest = max(largest, memory)
             held = max(held, self._held(step, threads))
         return largest + held
