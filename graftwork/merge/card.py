@@ -24,8 +24,7 @@ def model_card(plan: Plan, name: str, recipe: str, metadata: Mapping[str, str]) 
     body = [
         f"# {name}",
         "",
-        f"Merged with graftwork {__version__} by "
-        f"[{method.title}]({method.reference}) (`{method.name}`).",
+        f"Merged with graftwork {__version__} by [{method.title}]({method.reference}) (`{method.name}`).",
         "",
         f"    {method.formula}",
         "",

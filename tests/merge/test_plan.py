@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from graftwork.merge.checkpoint import Checkpoint, load_torch
-from graftwork.merge.engine import HOLD_BYTES
+from graftwork.merge.engine import HOLD_BYTES, WINDOW_BITS
 from graftwork.merge.errors import CheckpointError, GraftworkError, MismatchError, RecipeError
 from graftwork.merge.plan import Options, make_plan
 from graftwork.merge.recipe import parse_recipe
@@ -630,11 +630,11 @@ def test_memory_counts_histograms_and_what_is_held_between_passes(here):
             f"parameters: {{weight: 1{density}}}}}"
         ).peak_memory(threads)
 
-    histogram = (1 << 16) * 8
     for threads in (1, 4):
         once, ties, crumbs = (peak(method, threads) for method in ("task_arithmetic", "ties", "breadcrumbs"))
-        assert crumbs - ties == (threads + 1) * 2 * histogram
-        assert ties - once == (threads + 1) * 2 * histogram + 2 * 3 * 1024 * 1024 * 2
+        histograms = 2 * (1 << WINDOW_BITS) * (4 * threads + 8)
+        assert crumbs - ties == histograms
+        assert ties - once == histograms + 2 * 3 * 1024 * 1024 * 2
         assert peak("ties", threads, "large") - peak("task_arithmetic", threads, "large") == ties - once - 12 * 1024**2
 
 
