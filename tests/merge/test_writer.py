@@ -528,6 +528,37 @@ def test_an_error_at_the_end_costs_nothing_that_is_finished(here, monkeypatch):
     assert_is_the_merge("out")
 
 
+def test_more_files_than_may_be_open_are_named_as_the_reason(here, monkeypatch):
+    real = os.open
+
+    def limited(path, *arguments, **more):
+        if "00005-of-" in str(path):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return real(path, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", limited)
+        with pytest.raises(OutputError, match="11 files are all open at once.*--max-shard-size"):
+            run(max_shard_bytes=1)
+    nothing_else(here)
+
+
+def test_an_output_that_is_still_linked_to_an_unfinished_one_is_not_written_to(here):
+    """Where files can only be published by a link, a process may die before it removes the other name."""
+    run("out.safetensors")
+    before = Path("out.safetensors").read_bytes()
+    killed("os.remove", writer_module.JOURNAL, "out.safetensors", force=True)
+    os.link("out.safetensors", "out.safetensors.partial/out.safetensors")
+
+    def observer(*_):
+        assert Path("out.safetensors").read_bytes() == before
+        return lambda size: None
+
+    merge(parse_recipe(RECIPE), "out.safetensors", force=True, threads=1, progress=observer)
+    assert Path("out.safetensors").read_bytes() == before
+    nothing_else(here, "out.safetensors")
+
+
 def test_values_that_cannot_be_merged_leave_nothing(here):
     broken = tensors(0)
     broken["layers.7.w"][0, 0] = float("nan")
