@@ -538,7 +538,7 @@ def test_more_files_than_may_be_open_are_named_as_the_reason(here, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", limited)
-        with pytest.raises(OutputError, match="11 files are all open at once.*--max-shard-size"):
+        with pytest.raises(OutputError, match=r"11 files are all open at once.*--max-shard-size"):
             run(max_shard_bytes=1)
     nothing_else(here)
 
