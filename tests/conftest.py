@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import signal
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests in this folder speak of CPUs unless marked `gpu`
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts the tests in the background has them ignore Ctrl-C, which their child processes would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
