@@ -192,7 +192,7 @@ def test_killed_after_some_time(victims, monkeypatch, share):
     process = victims.start()
     time.sleep(share * victims.seconds)
     status = victims.kill(process)
-    if status == 0:  # it was faster this time
+    if status == 0 or (victims.folder / "out").exists():  # it was faster this time
         assert weights(victims.folder / "out") == weights(victims.folder / "whole")
         return
     assert status == signal.SIGKILL
@@ -209,7 +209,8 @@ def test_killed_when_the_journal_has_some_lines(victims, monkeypatch, lines):
         if (victims.folder / "out").exists():
             break
     status = victims.kill(process)
-    if status == 0:
+    if status == 0 or (victims.folder / "out").exists():
+        assert weights(victims.folder / "out") == weights(victims.folder / "whole")
         return
     finished = journal_lines(victims.folder) - 1
     assert lines - 1 <= finished <= TENSORS + 2
