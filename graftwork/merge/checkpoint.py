@@ -433,6 +433,8 @@ class Checkpoint:
         descriptor = self._descriptors[entry.file]
         position, done = entry.start + offset, 0
         try:
+            if USE_PREADV:
+                done = os.preadv(descriptor, (view,), position)  # nearly always everything
             while done < size:
                 if USE_PREADV:
                     count = os.preadv(descriptor, [view[done:]], position + done)

@@ -164,6 +164,7 @@ class _Buffers(threading.local):
 
     def __init__(self) -> None:
         self.arrays: dict[tuple[str, int], Array] = {}
+        self.blocks: dict[tuple[int, Any], tuple[Array, memoryview]] = {}
         self.asked: tuple[int, ...] = ()
         self.columns: list[Array] = []
 
@@ -176,6 +177,16 @@ class _Buffers(threading.local):
             buffer = np.empty(max(size, 4096), np.uint8)
             self.arrays[use, number] = buffer
         return buffer[:size].view(wanted)
+
+    def words(self, number: int, count: int, dtype: Any) -> tuple[Array, memoryview]:
+        """Return an array for raw words, and its bytes; those of a whole block are made once."""
+        known = self.blocks.get((number, dtype)) if count == BLOCK else None
+        if known is None:
+            words = self.get("read", number, count, dtype)
+            known = (words, words.view(np.uint8).data)
+            if count == BLOCK:
+                self.blocks[number, dtype] = known
+        return known
 
 
 @dataclass(slots=True)
@@ -432,7 +443,7 @@ class Engine:
             program = step.program(group)
             step.strict = hasattr(program, "send")
             programs.append((step, program))
-        if len(programs) == 1 and hasattr(programs[0][1], "send"):
+        if len(programs) == 1 and programs[0][0].strict and programs[0][0].kind in {"selection", "rows"}:
             self._hold(programs[0][0], parallel)
         for step, last in self._drive(programs, parallel):
             if isinstance(last, Apply):
@@ -487,7 +498,10 @@ class Engine:
     # ------------------------------------------------------------ reading
 
     def _hold(self, step: Step, parallel: bool) -> None:
-        """Keep the inputs of a step in memory between its passes, if they are small enough."""
+        """Keep the inputs of a step in memory between its passes, if they are small enough.
+
+        It pays from three passes on: what is read again is in the system's cache, and nearer to the processor.
+        """
         size = _Held.size(step)
         if size > HOLD_BYTES:
             return
@@ -524,15 +538,19 @@ class Engine:
         targets: list[Array] | None = None,
     ) -> list[Array]:
         arrays = []
+        total = 0
         for number, item in enumerate(step.inputs):
             dtype = dtypes.RAW[item.entry.dtype]
-            words = targets[number] if targets else self.buffers.get("read", number, stop - start, dtype)
-            view = words.view(np.uint8).data
+            if targets:
+                words, view = targets[number], targets[number].view(np.uint8).data
+            else:
+                words, view = self.buffers.words(number, stop - start, dtype)
             self.readers[item.model].read_into(item.entry, start * dtype.itemsize, view)
             if digests is not None:
                 digests[number].extend(_block_digests(words))
             arrays.append(words)
-            self.progress(len(view))
+            total += len(view)
+        self.progress(total)
         return arrays
 
     def _refuse_input(self, step: Step, start: int, stop: int) -> None:
@@ -1192,6 +1210,9 @@ def _slice_size(shape: tuple[int, ...]) -> int:
 
 
 def _block_digests(words: Array) -> Iterator[bytes]:
+    if words.size <= BLOCK:
+        yield xxhash.xxh3_128_digest(words.view(np.uint8).data)
+        return
     for start in range(0, words.size, BLOCK):
         yield xxhash.xxh3_128_digest(words[start : start + BLOCK].view(np.uint8).data)
 

@@ -6,7 +6,6 @@ input is merged, copied, or named as dropped.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +25,6 @@ from graftwork.merge.folder import compare_configs, output_config, side_files, w
 from graftwork.merge.layers import Stack, find_stacks, is_head_side, layer_of
 from graftwork.merge.methods.registry import Method, get
 from graftwork.merge.parameters import ParameterProblem, position, resolve, scopes, unmatched_filters
-from graftwork.merge.passes import Apply
 from graftwork.merge.problems import show
 from graftwork.merge.recipe import ModelReference, Recipe, Slice, Source
 from graftwork.merge.writer import OutputTensor
@@ -187,8 +185,7 @@ class Plan:
     def _held(self, step: Step, threads: int) -> int:
         """Return the memory in which the inputs of a step are kept between the passes of its method."""
         size = sum(item.entry.size for item in step.inputs)
-        once = inspect.signature(self.method.program).return_annotation in ("Apply", Apply)
-        if once or size > HOLD_BYTES:
+        if self.method.kind not in {"selection", "rows"} or size > HOLD_BYTES:
             return 0
         # Small tensors are worked on side by side; the buffer of larger ones grows by doubling.
         return size * threads if step.elements <= SPAN else min(2 * size, HOLD_BYTES)
