@@ -9,7 +9,7 @@ With task vectors dᵢ = xᵢ - b, masks mᵢ and scales sᵢ, vᵢ = wᵢ sᵢ 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -247,40 +247,43 @@ def _sampling(
     return Apply(sampled_sum, {"weight": weight, "scale": scale, "factor": lambda_, **mask})
 
 
-def keep_probabilities(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Array:
-    """Return p = density - ε + 2ε·r/(c-1), r the rank of |d| within its row of length c, ascending.
+def _by_rank(
+    models: Array, base: Array, density: Sequence[float], epsilon: Sequence[float], of: Callable[[Array], Any]
+) -> Any:
+    """Return `of(p)` for each entry: p = density - ε + 2ε·r/(c-1), r the rank of |d| in its row of length c, ascending.
 
-    Rows run along the second axis, or along the only one.
+    Rows run along the second axis, or along the only one. All rows share a table, as p depends on the rank alone.
     """
     from graftwork.merge.ranks import row_ranks
 
-    probability = np.empty(models.shape)
-    for model, (share, spread) in enumerate(zip(density, epsilon, strict=True)):
-        target = probability[model]
+    made = []
+    for model, share, spread in zip(models, density, epsilon, strict=True):
         if not 0 < share < 1:
-            target[...] = min(max(share, 0.0), 1.0)
+            made.append(np.full(base.shape, of(np.array(min(max(share, 0.0), 1.0)))))
             continue
-        delta = np.abs(models[model] - base)
+        delta = np.abs(model - base)
         rows = delta if delta.ndim <= 2 else np.moveaxis(delta, 1, -1)
         length = rows.shape[-1]
-        ranks = row_ranks(np.ascontiguousarray(rows).reshape(-1, length)).reshape(rows.shape)
-        ranks = ranks if rows.ndim <= 2 else np.moveaxis(ranks, -1, 1)
         slope = 2 * spread / (length - 1) if length > 1 else 0.0
-        target[...] = (share - spread if length > 1 else share) + slope * ranks
-    return probability
+        table = of((share - spread if length > 1 else share) + slope * np.arange(length))
+        values = table[row_ranks(np.ascontiguousarray(rows).reshape(-1, length))].reshape(rows.shape)
+        made.append(values if rows.ndim <= 2 else np.moveaxis(values, -1, 1))
+    return np.stack(made)
 
 
 def rank_limits(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Any:
     """Return the largest random draws that keep each entry with its probability."""
-    probability = keep_probabilities(models, base, density=density, epsilon=epsilon)
-    limits = np.floor(probability * 4294967296.0 + 0.5) - 1
-    return np.maximum(limits, 0, out=limits).astype(np.uint32)
+
+    def limit(probability: Array) -> Any:
+        return np.maximum(np.floor(probability * 4294967296.0 + 0.5) - 1, 0).astype(np.uint32)
+
+    return _by_rank(models, base, density, epsilon, limit)
 
 
 def inverse_probabilities(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Array:
     """Return 1/p for each entry."""
-    probability = keep_probabilities(models, base, density=density, epsilon=epsilon)
-    return 1.0 / np.where(probability > 0, probability, 1.0)
+    inverse: Array = _by_rank(models, base, density, epsilon, lambda p: 1.0 / np.where(p > 0, p, 1.0))
+    return inverse
 
 
 def _della_problem(*, density: Sequence[float], epsilon: Sequence[float], **other: Any) -> str | None:
