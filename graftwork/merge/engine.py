@@ -315,6 +315,7 @@ class Engine:
         self.stopping = threading.Event()
         self.piece = BLOCK
         self._held: dict[int, _Held] = {}
+        self._columns_kept: dict[tuple[int, ...], list[Array]] = {}
         self._memory: Array = np.empty(0, np.uint8)
         self._pool: ThreadPoolExecutor | None = None
 
@@ -454,6 +455,9 @@ class Engine:
                 assert isinstance(last, ApplyMatrix)
                 self._finish(step, self._apply_matrix(step, last))
             self._held.pop(id(step), None)
+            for asked in list(self._columns_kept):  # a copy: other threads add their own
+                if asked[0] == id(step):
+                    self._columns_kept.pop(asked, None)
             self.buffers.asked = ()
 
     def _drive(self, programs: list[tuple[Step, Any]], parallel: bool) -> Iterator[tuple[Step, Any]]:
@@ -665,11 +669,15 @@ class Engine:
     def _columns(self, step: Step, low: int, high: int, makers: Sequence[PerElement]) -> list[Array]:
         """Return the per-element parameters of elements [low, high), whole slices: an array per parameter and model.
 
-        The last answer is kept: a slice that is longer than a span is asked for again and again.
+        The last answer is kept: a slice that is longer than a span is asked for again and again. So are all answers
+        for a step of moderate size, whose next pass will ask for them.
         """
         asked = (id(step), low, high, *map(id, makers))
         if self.buffers.asked == asked:
             return self.buffers.columns
+        kept = self._columns_kept.get(asked)
+        if kept is not None:
+            return kept
         models, base = self._slices(step, low, high)
         self.buffers.columns = [
             np.ascontiguousarray(made).reshape(-1)
@@ -677,6 +685,8 @@ class Engine:
             for made in maker.function(models, base, **maker.parameters)
         ]
         self.buffers.asked = asked
+        if 4 * step.elements * len(step.models) * len(makers) <= HOLD_BYTES:
+            self._columns_kept[asked] = self.buffers.columns
         return self.buffers.columns
 
     def _evaluator(self, step: Step, formula: Any, parameters: Mapping[str, Any], precision: str) -> _Evaluator:
