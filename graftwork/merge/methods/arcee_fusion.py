@@ -30,21 +30,26 @@ def divergence(models: Array, base: Array) -> Array:
     delta = models[0] - base
     delta = delta - (q * delta).sum(-1, keepdims=True)
     far = np.abs(delta).max(-1, keepdims=True) > _FAR
-    near = np.where(far, 0.0, delta)
+    near = np.where(far, 0.0, delta) if far.any() else delta
     u = near - np.log1p((q * np.expm1(near)).sum(-1, keepdims=True))
-    log_p = log_q + delta
-    log_p = log_p - log_p.max(-1, keepdims=True)
-    p = np.exp(log_p)
-    p = p / p.sum(-1, keepdims=True)
     raised = q + 1e-8
-    ratio = np.where(far, p - q, q * np.expm1(u)) / raised
+    change = q * np.expm1(u)
+    if far.any():
+        log_p = log_q + delta
+        p = np.exp(log_p - log_p.max(-1, keepdims=True))
+        change = np.where(far, p / p.sum(-1, keepdims=True) - q, change)
+    ratio = change / raised
     small = np.abs(ratio) < _SMALL
-    inner = np.where(small, ratio, 0.0)
+    inner = ratio if small.all() else np.where(small, ratio, 0.0)
     series = np.zeros_like(ratio)
     for power in range(10, 1, -1):  # (1 + ρ)·log(1 + ρ) - ρ = Σ (-ρ)ᵏ/(k·(k - 1)), k = 2, 3, …
-        series = 1.0 / (power * (power - 1)) - inner * series
-    outer = np.where(small, 0.0, ratio)
-    terms: Array = raised * np.where(small, inner * inner * series, (1 + outer) * np.log1p(outer) - outer)
+        np.multiply(series, inner, out=series)
+        np.subtract(1.0 / (power * (power - 1)), series, out=series)
+    terms: Array = inner * inner * series
+    if not small.all():
+        outer = np.where(small, 0.0, ratio)
+        terms = np.where(small, terms, (1 + outer) * np.log1p(outer) - outer)
+    terms = raised * terms
     result: Array = np.maximum(terms.sum(-1), 0.0)
     return result
 
