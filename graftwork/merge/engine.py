@@ -712,7 +712,7 @@ class Engine:
         return models, values[-1] if step.base is not None else None
 
     def _row_spans(self, step: Step) -> list[tuple[int, int]]:
-        """Return element ranges of whole slices whose borders are also borders of blocks where possible."""
+        """Return element ranges of as many whole slices as a function over rows gets at a time."""
         unit = _slice_size(step.shape)
         count = step.elements // unit
         several = max(1, _ROW_VALUES // (unit * max(1, len(step.inputs))))

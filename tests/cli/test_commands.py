@@ -124,7 +124,7 @@ def test_what_evaluate_cannot_do_is_one_line(command: Command, lines: Path) -> N
         (("nowhere.safetensors", "-t", "tasks.py:line"), "nowhere"),
         (("right.safetensors", "-t", "tasks.py:lien"), "lien"),
         (("right.safetensors", "-t", "nothing.py:line"), "nothing.py"),
-        (("right.safetensors", "-t", "tasks.py:line", "--device", "cuda"), "cuda"),
+        (("right.safetensors", "-t", "tasks.py:line", "--device", "cuda:99"), "cuda"),
         (("right.safetensors", "-t", "tasks.py:line", "--device", "abacus"), "abacus"),
     ):
         outcome = command("evaluate", *arguments)

@@ -240,7 +240,7 @@ def test_a_missing_output_is_wrong_usage(command: Command, models: Path) -> None
 
 
 def test_a_missing_gpu_is_one_line(command: Command, models: Path) -> None:
-    assert "cuda" in refused(command, "merge", recipe(models / "r.yml"), "out", "--cuda")
+    assert "cuda" in refused(command, "merge", recipe(models / "r.yml"), "out", "--device", "cuda:99")
 
 
 def test_device_auto_works_without_a_gpu(command: Command, models: Path) -> None:
