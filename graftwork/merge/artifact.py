@@ -62,7 +62,8 @@ class Artifact:
 
 def parent_of(checkpoint: Checkpoint, name: str | None = None) -> dict[str, Any]:
     """Return the record by which an artifact names a checkpoint that it was made from; all its bytes are read."""
-    return lineage.parent_record(name or checkpoint.path.name, checkpoint.content_digest(), checkpoint.metadata)
+    record = lineage.parent_record(name or checkpoint.path.name, checkpoint.content_digest(), checkpoint.metadata)
+    return {**record, "quick": checkpoint.quick_digest()}
 
 
 def save_artifact(

@@ -13,7 +13,7 @@ import numpy as np
 
 from graftwork.merge.engine import Array, Bound, Engine, Reader, Sink, Step, bind, parts
 from graftwork.merge.errors import DependencyError
-from graftwork.merge.passes import PerElement
+from graftwork.merge.passes import Companion, PerElement
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,7 @@ class _OnDevice:
 
         self.formula = formula
         self.bound = bound
-        self.makers: tuple[PerElement, ...] = bound.makers
+        self.makers: tuple[PerElement | Companion, ...] = bound.makers
         self.models = len(step.models)
         self.offset = step.offset
         self.codes = [item.entry.dtype for item in step.inputs]

@@ -24,9 +24,11 @@ from graftwork.merge.passes import (
     Apply,
     ApplyMatrix,
     ApplyRows,
+    Companion,
     Cut,
     Gram,
     Group,
+    Measured,
     PerElement,
     RowTable,
     Select,
@@ -99,6 +101,8 @@ class Step:
         kind: The method's kind.
         streams: Position of each model among the non-base models of the recipe.
         group: Steps of the same group share their statistics (`scope: model`); empty for none.
+        companions: What is read beside the models, by name: one tensor per model.
+        measured: The files that companions come from, by name: one per model, or one for all.
         offset: Index of its first element among those of the group; set by the engine.
         strict: Whether a NaN would spoil statistics and so more than its own entry; set by the engine.
         notes: Remarks of the method, for the report.
@@ -113,6 +117,8 @@ class Step:
     kind: str = "elementwise"
     streams: tuple[int, ...] = ()
     group: str = ""
+    companions: Mapping[str, tuple[Input, ...]] = field(default_factory=dict)
+    measured: Mapping[str, tuple[Measured, ...]] = field(default_factory=dict)
     offset: int = 0
     strict: bool = False
     notes: list[str] = field(default_factory=list)
@@ -197,7 +203,7 @@ class Bound:
     literals: tuple[tuple[str, Any], ...]
     values: tuple[Any, ...]
     elementwise: tuple[str, ...]
-    makers: tuple[PerElement, ...]
+    makers: tuple[PerElement | Companion, ...]
     streams: str
     keys: tuple[Any, ...]
     borders: tuple[int, ...]
@@ -222,7 +228,7 @@ def bind(parameters: Mapping[str, Any], precision: str) -> Bound:
     specification: list[tuple[str, int, bool]] = []
     literals: list[tuple[str, Any]] = []
     values: list[Any] = []
-    makers: dict[str, PerElement] = {}
+    makers: dict[str, PerElement | Companion] = {}
     streams = ""
     keys: tuple[Any, ...] = ()
     borders: set[int] = set()
@@ -235,7 +241,7 @@ def bind(parameters: Mapping[str, Any], precision: str) -> Bound:
     for name, value in parameters.items():
         if isinstance(value, bool | str):
             literals.append((name, value))
-        elif isinstance(value, PerElement):
+        elif isinstance(value, PerElement | Companion):
             makers[name] = value
         elif isinstance(value, Streams):
             streams, keys = name, tuple(np.uint64(key) for key in value.keys)
@@ -256,6 +262,8 @@ def bind(parameters: Mapping[str, Any], precision: str) -> Bound:
             if isinstance(value, Cut):
                 borders.add(value.index + 1)
     ordered = tuple(sorted(borders))
+    # What is read comes after what is made, in the order in which pieces have them.
+    makers = dict(sorted(makers.items(), key=lambda item: isinstance(item[1], Companion)))
     return Bound(
         tuple(specification),
         tuple(literals),
@@ -439,6 +447,8 @@ class Engine:
                 step.base is not None,
                 wide,
                 step.streams,
+                frozenset(step.companions),
+                step.measured,
                 step.notes,
             )
             program = step.program(group)
@@ -648,23 +658,53 @@ class Engine:
         step: Step,
         first: int,
         last: int,
-        makers: Sequence[PerElement] = (),
+        makers: Sequence[PerElement | Companion] = (),
         digests: list[list[bytes]] | None = None,
     ) -> Iterator[tuple[int, int, tuple[list[Array], list[Array]]]]:
         """Yield (start, stop, (words of every input, per-element parameters)) over pieces of [first, last)."""
-        if not makers:
+        read = [maker.name for maker in makers if isinstance(maker, Companion)]
+        made = [maker for maker in makers if isinstance(maker, PerElement)]
+        if not made:
             for start in range(first, last, self.piece):
                 stop = min(last, start + self.piece)
-                yield start, stop, (self._read(step, start, stop, digests), [])
+                beside = self._companions(step, read, start, stop)
+                yield start, stop, (self._read(step, start, stop, digests), beside)
             return
         unit = _slice_size(step.shape)
         low = first - first % unit
         high = min(step.elements, -(-last // unit) * unit)
-        columns = self._columns(step, low, high, makers)
+        columns = self._columns(step, low, high, made)
         for start in range(first, last, self.piece):
             stop = min(last, start + self.piece)
+            beside = self._companions(step, read, start, stop)
             words = self._read(step, start, stop, digests)
-            yield start, stop, (words, [column[start - low : stop - low] for column in columns])
+            yield start, stop, (words, [*(column[start - low : stop - low] for column in columns), *beside])
+
+    def _companions(self, step: Step, names: Sequence[str], start: int, stop: int) -> list[Array]:
+        """Return elements [start, stop) of what is read beside the models: an array per name and model."""
+        columns: list[Array] = []
+        known: dict[tuple[int, str], Array] = {}
+        for name in names:
+            for item in step.companions[name]:
+                key = (item.model, item.entry.name)
+                if key not in known:
+                    target = self.buffers.get("companion", len(known), stop - start, np.float64)
+                    known[key] = self._companion(step, item, start, stop, target)
+                columns.append(known[key])
+        return columns
+
+    def _companion(self, step: Step, item: Input, start: int, stop: int, target: Array) -> Array:
+        dtype = dtypes.RAW[item.entry.dtype]
+        words = self.buffers.get("beside", 0, stop - start, dtype)
+        self.readers[item.model].read_into(item.entry, start * dtype.itemsize, words.view(np.uint8).data)
+        self.progress(words.nbytes)
+        if _kernels().decode(words, target):
+            bad = start + int(np.flatnonzero(~np.isfinite(target))[0])
+            raise DataError(
+                f'cannot merge "{step.name}": "{item.entry.name}" of {self.labels[item.model]} has '
+                f"{target[bad - start]} at flat index {bad}; measure it again"
+            )
+        return target
 
     def _columns(self, step: Step, low: int, high: int, makers: Sequence[PerElement]) -> list[Array]:
         """Return the per-element parameters of elements [low, high), whole slices: an array per parameter and model.
@@ -739,9 +779,20 @@ class Engine:
         models, base = self._slices(step, 0, step.elements)
         shaped = models.astype(np.float64).reshape(-1, *step.shape)
         whole = None if base is None else base.astype(np.float64).reshape(step.shape)
-        values = request.function(shaped, whole, 0, **request.parameters)
+        parameters = {
+            name: self._whole_companion(step, value) if isinstance(value, Companion) else value
+            for name, value in request.parameters.items()
+        }
+        values = request.function(shaped, whole, 0, **parameters)
         self._write_values(step, np.asarray(values, np.float64).reshape(-1), 0, dtypes.RAW[step.dtype])
         return self._rehash(step, parallel=False)
+
+    def _whole_companion(self, step: Step, companion: Companion) -> list[Array]:
+        whole = []
+        for item in step.companions[companion.name]:
+            values = np.empty(item.entry.elements, np.float64)
+            whole.append(self._companion(step, item, 0, values.size, values).reshape(item.entry.shape))
+        return whole
 
     def _write_values(self, step: Step, values: Array, start: int, raw: Any) -> None:
         words = np.empty(values.size, raw)

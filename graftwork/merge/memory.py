@@ -11,6 +11,7 @@ import numpy as np
 
 from graftwork.merge import dtypes
 from graftwork.merge.checkpoint import TensorEntry
+from graftwork.merge.companions import Beside, companions_of
 from graftwork.merge.engine import SPAN, Engine, Input, Step
 from graftwork.merge.errors import RecipeError, did_you_mean
 from graftwork.merge.methods.registry import REQUIRED, Method, get
@@ -107,10 +108,16 @@ def merge_arrays(
     streams: Sequence[int] | None = None,
     parameters: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    statistics: Mapping[str, Sequence[Mapping[str, tuple[str, Array]] | None]] | None = None,
+    shared: Mapping[str, Mapping[str, tuple[str, Array]]] | None = None,
+    metadata: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Array]:
     """Merge mappings from tensor names to (dtype code, raw words) and return the merged raw words.
 
     `device` is a torch device; "torch:cpu" runs the formulas on CPU tensors instead of compiling them.
+
+    What methods read beside the models is given in the same form: `statistics` by kind for each model, `shared` by kind
+    for all; `metadata` is what the file of a kind would have in its header, without the prefix.
 
     Raises:
         GraftworkError: The method or its parameters are wrong, or the values cannot be merged.
@@ -122,9 +129,24 @@ def merge_arrays(
     readers = [MemoryCheckpoint(model) for model in models]
     if base is not None:
         readers.append(MemoryCheckpoint(base))
+    labels = [f"model {number}" for number in range(len(models))] + ["the base"] * (base is not None)
+    holders = list(readers)
+    files: dict[str, tuple[Beside | None, ...]] = {}
+    for kind, mappings in [*(statistics or {}).items(), *((kind, [one]) for kind, one in (shared or {}).items())]:
+        found: list[Beside | None] = []
+        for mapping in mappings:
+            holder = None if mapping is None else MemoryCheckpoint(mapping)
+            label = f"the {kind} file" + (f" of model {len(found)}" if len(mappings) > 1 else "")
+            known = dict((metadata or {}).get(kind, {}))
+            found.append(None if holder is None else Beside(len(readers), holder, known, label))
+            if holder is not None:
+                readers.append(holder)
+                labels.append(label)
+        files[kind] = tuple(found)
     steps = []
     for name, (first, words) in models[0].items():
-        inputs = tuple(Input(number, reader.tensors[name]) for number, reader in enumerate(readers))
+        inputs = tuple(Input(number, reader.tensors[name]) for number, reader in enumerate(holders))
+        beside = companions_of(chosen, name, words.shape, inputs[: len(models)], holders, files, bound.keywords)
         steps.append(
             Step(
                 name=name,
@@ -136,10 +158,11 @@ def merge_arrays(
                 kind=chosen.kind,
                 streams=tuple(streams) if streams is not None else tuple(range(len(models))),
                 group="all" if scope == "model" else "",
+                companions=beside,
+                measured={kind: tuple(item for item in every if item) for kind, every in files.items()},
             )
         )
     sink = MemorySink(steps)
-    labels = [f"model {number}" for number in range(len(models))] + ["the base"]
     if device == "cpu":
         Engine(readers, sink, labels, threads=threads, fuse=fuse, span=span).run(steps)
     else:

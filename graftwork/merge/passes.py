@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,17 @@ Formula = Callable[..., Any]
 
 Where a pass says `each`, the formula is called once per model, as `formula(model, models, base, index, **parameters)`,
 each per-model parameter being that model's; the tuples it returns are strung together."""
+
+
+class Measured(Protocol):
+    """A file of what was measured or learned, as a program sees it."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What stands in its header, without the prefix `graftwork.`."""
+
+    def values(self, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return a small tensor of the file, as float64."""
 
 
 @dataclass(slots=True)
@@ -34,6 +45,8 @@ class Group:
         has_base: Whether there is a base model.
         wide: Whether an input is float64, so that scores are too.
         streams: Position of each model among the non-base models of the recipe, which names its random stream.
+        companions: Names of the companions that this tensor has.
+        measured: What was measured or learned, by name: a file for each model, or one for all.
         notes: Lines for the report, appended by the program.
     """
 
@@ -44,6 +57,8 @@ class Group:
     has_base: bool
     wide: bool = False
     streams: tuple[int, ...] = ()
+    companions: frozenset[str] = frozenset()
+    measured: Mapping[str, tuple[Measured, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def random_streams(self, seed: int) -> Streams:
@@ -167,8 +182,27 @@ class PerElement:
 
 
 @dataclass(frozen=True, slots=True)
+class Companion:
+    """A per-model parameter of a formula that is read from files beside the models: a statistic, a mask.
+
+    The formula gets a tuple of float64 values, one per model, of the element at hand; what all models share stands
+    there as often as there are models. In `ApplyMatrix` it is a list of whole tensors as float64 arrays, of any shape.
+    Which tensor of which file it is, the method's `companions` has said while planning; see `registry.Companions`.
+
+    Args:
+        name: The key under which `companions` gave it.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class ApplyMatrix:
-    """Make the output from the whole tensor of all models at once, as float64 arrays; only this needs their memory."""
+    """Make the output from the whole tensor of all models at once, as float64 arrays; only this needs their memory.
+
+    `function(models, base, first, **parameters)` gets arrays (models, *shape) and (*shape) or None, and 0; it returns
+    an array of the tensor's shape. Parameters may be `Companion`s.
+    """
 
     function: Callable[..., Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)

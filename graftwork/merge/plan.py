@@ -19,8 +19,9 @@ import numpy as np
 
 from graftwork.merge import dtypes, lineage
 from graftwork.merge.checkpoint import BLOCK, Checkpoint, TensorEntry
+from graftwork.merge.companions import Beside, Files, check_parent, companions_of, opened
 from graftwork.merge.engine import HOLD_BYTES, SPAN, WINDOW_BITS, Input, Step
-from graftwork.merge.errors import CheckpointError, MismatchError, RecipeError, did_you_mean
+from graftwork.merge.errors import CheckpointError, GraftworkError, MismatchError, RecipeError, did_you_mean
 from graftwork.merge.folder import compare_configs, output_config, side_files, weights_order
 from graftwork.merge.layers import Stack, find_stacks, is_head_side, layer_of
 from graftwork.merge.methods.registry import Method, get
@@ -100,6 +101,7 @@ class Plan:
         config: The output's `config.json`, or None.
         donor: Position of the input that gives configuration and side files.
         options: How it is carried out.
+        files: What is read beside the models, by kind; these files are the last of the checkpoints.
     """
 
     recipe: Recipe
@@ -112,6 +114,7 @@ class Plan:
     config: str | None
     donor: int
     options: Options
+    files: Files = field(default_factory=dict)
     _unread: list[Input] | None = field(default=None, repr=False)
 
     @property
@@ -169,7 +172,8 @@ class Plan:
             memory = read + min(SPAN, step.elements) * dtypes.BITS[step.dtype] // 8
             memory *= threads
             if self.method.kind == "matrix":
-                memory += (len(step.inputs) + 2) * step.elements * 8
+                beside = sum(item.entry.elements for every in step.companions.values() for item in every)
+                memory += ((len(step.inputs) + 2) * step.elements + beside) * 8
             if self.method.kind == "rows":
                 unit = math.prod(step.shape[1:]) if len(step.shape) > 1 else step.elements
                 values = max(unit * len(step.inputs), min(step.elements * len(step.inputs), 1 << 20))
@@ -204,7 +208,7 @@ class Plan:
 
     def labels_by_text(self) -> dict[str, str]:
         """Return the label of each model reference by the text it has in the recipe."""
-        places = dict(zip(self.recipe.inputs, self.labels, strict=True))
+        places = dict(zip(self.recipe.inputs, self.labels, strict=False))
         texts: dict[str, str] = {}
         for group in self.recipe.slices:
             for source in group.sources:
@@ -311,6 +315,7 @@ class _Planner:
                 checkpoint.close()
             raise CheckpointError(*problems)
         self.labels = _labels(self.inputs)
+        self.files: dict[str, tuple[Beside | None, ...]] = {}
         self.places = {reference: number for number, reference in enumerate(self.inputs)}
         self.stacks = [find_stacks(checkpoint.tensors) for checkpoint in self.checkpoints]
         self.lent = False
@@ -326,12 +331,58 @@ class _Planner:
                 checkpoint.close()
             raise
 
+    def _open_files(self) -> None:
+        """Open what is read beside the models, and make sure that it was made from them."""
+        problems: list[str] = []
+        group = self.recipe.slices[0]
+        wanted: list[tuple[str, list[tuple[Path | None, list[ModelReference], str]]]] = []
+        for kind in self.method.statistics:
+            wanted.append(
+                (
+                    kind,
+                    [
+                        (source.statistics.get(kind), [source.model], f"{source.key_path}.statistics.{kind}")
+                        for source in group.models
+                    ],
+                )
+            )
+        for kind in self.method.shared:
+            models = [source.model for source in group.models]
+            parents = [group.base, *models] if group.base is not None else models
+            wanted.append((kind, [(self.recipe.shared.get(kind), parents, kind)]))
+        for kind, entries in wanted:
+            found: list[Beside | None] = []
+            for path, parents, key in entries:
+                if path is None:
+                    found.append(None)
+                    continue
+                try:
+                    checkpoint, beside = opened(len(self.checkpoints), path, kind, f"the {kind} file {key}")
+                except CheckpointError as error:
+                    problems.extend(error.problems)
+                    continue
+                owner = f" of {self.labels[self.places[parents[0]]]}" if len(entries) > 1 else ""
+                label = f"the {kind} file{owner}"
+                self.checkpoints.append(checkpoint)
+                self.labels.append(path.name if path.name not in self.labels else f"{path.name} ({label})")
+                found.append(replace(beside, label=label))
+                for number, reference in enumerate(parents):
+                    place = self.places[reference]
+                    try:
+                        check_parent(checkpoint, number, self.checkpoints[place], label, self.labels[place])
+                    except MismatchError as error:
+                        problems.extend(error.problems)
+            self.files[kind] = tuple(found)
+        if problems:
+            raise CheckpointError(*problems)
+
     def _plan(self) -> Plan:
         recipe = self.recipe
         if self.options.strict and recipe.warnings:
             raise RecipeError([f"{warning} (--strict)" for warning in recipe.warnings])
         for number, checkpoint in enumerate(self.checkpoints):
             self.warnings.extend(f"{self.labels[number]}: {note}" for note in checkpoint.notes)
+        self._open_files()
         self._compare_configs()
         wanted = self._sliced() if recipe.sliced else self._whole(recipe.slices[0])
         for item in wanted:
@@ -360,6 +411,7 @@ class _Planner:
             config=self._config(),
             donor=self.places[recipe.donor],
             options=self.options,
+            files=self.files,
         )
 
     # ------------------------------------------------------------ which output tensors there are
@@ -691,6 +743,11 @@ class _Planner:
         if self.recipe.method == "passthrough" and values["scale"][0] is None and entries[0].dtype == dtype:
             self.steps.append(Step(wanted.name, dtype, entries[0].shape, inputs))
             return
+        try:
+            beside = self._beside(wanted.name, every[0].shape, inputs, sources, group, values)
+        except GraftworkError as error:
+            self.problems.extend(error.problems)
+            return
         pool = self._pool(wanted.name, values, every=[*inputs, *([base_input] if base_input is not None else [])])
         order = [source.model for source in group.models]
         self.steps.append(
@@ -704,8 +761,29 @@ class _Planner:
                 kind=self.method.kind,
                 streams=tuple(order.index(source.model) for source in sources),
                 group=pool,
+                companions=beside,
+                measured={kind: tuple(item for item in every if item) for kind, every in self.files.items()},
             )
         )
+
+    def _beside(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        inputs: tuple[Input, ...],
+        sources: Sequence[Source],
+        group: Slice,
+        values: Mapping[str, Any],
+    ) -> dict[str, tuple[Input, ...]]:
+        """Return what is read beside the models for a tensor: nothing, as long as it still has to be measured."""
+        order = [source.model for source in group.models]
+        files: dict[str, tuple[Beside | None, ...]] = {}
+        for kind, every in self.files.items():
+            own = every if kind in self.method.shared else tuple(every[order.index(item.model)] for item in sources)
+            if None in own:
+                return {}
+            files[kind] = own
+        return companions_of(self.method, name, shape, inputs, self.checkpoints, files, values)
 
     def _pool(self, name: str, values: Mapping[str, Any], every: Sequence[Input]) -> str:
         """Return which tensors share their statistics with this one: with `scope: model` those of the same models."""
@@ -760,7 +838,7 @@ class _Planner:
         used = {(item.model, item.entry.name) for step in self.steps for item in step.inputs}
         used |= {(item.model, item.entry.name) for item in self.dropped}
         names = {step.name for step in self.steps}
-        for model, checkpoint in enumerate(self.checkpoints):
+        for model, checkpoint in enumerate(self.checkpoints[: len(self.inputs)]):
             for entry in checkpoint.tensors.values():
                 if (model, entry.name) not in used:
                     reason = "taken from another input" if entry.name in names else "its layers are not used"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,16 @@ class Source:
         layer_range: First layer, and the layer after the last; None for all layers.
         parameters: Settings of this model alone.
         key_path: Where the recipe names it, such as `models[0]`; `base_model` for a base that is not listed.
+        statistics: Files of what was measured on the model, by kind.
+        task: Where the model's task is found, as `file.py:name`.
     """
 
     model: ModelReference
     layer_range: tuple[int, int] | None
     parameters: Mapping[str, object]
     key_path: str
+    statistics: Mapping[str, Path] = field(default_factory=dict)
+    task: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,7 @@ class Recipe:
         inputs: Every model that is used, once, in recipe order.
         warnings: What is probably not meant, one line each.
         text: The whole file, byte for byte.
+        shared: Files that the method reads for all models together, by kind, such as `mask`.
     """
 
     name: str | None
@@ -128,6 +133,7 @@ class Recipe:
     inputs: tuple[ModelReference, ...]
     warnings: tuple[str, ...]
     text: str
+    shared: Mapping[str, Path] = field(default_factory=dict)
 
     def canonical(self) -> str:
         """Return the recipe as JSON in one form: what has no effect is left out, models stand as they were written."""
@@ -137,6 +143,7 @@ class Recipe:
                 model=item.model.text,
                 layer_range=item.layer_range,
                 parameters=_plain(item.parameters),
+                statistics={kind: path.name for kind, path in item.statistics.items()},
             )
 
         groups: dict[str, object]
@@ -160,6 +167,7 @@ class Recipe:
             parameters=_plain(self.parameters),
             dtype=self.dtype,
             exclude=self.exclude,
+            **{kind: path.name for kind, path in self.shared.items()},
             **groups,
         )
         return json.dumps(content, sort_keys=True, separators=(",", ":"))

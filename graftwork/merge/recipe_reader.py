@@ -42,7 +42,6 @@ _DECLINED = {
     "genome": "this is a mergekit-evolve recipe, which is not supported",
     "stages": "write each stage as a document with a `name:`, separated by `---`, and use that name as a model",
 }
-_NOT_YET_IN_ENTRIES = frozenset({"statistics", "mask"})
 _WORDS_WITHOUT_EFFECT = frozenset({"int8_mask"})
 
 _PLAIN_ERRORS = {
@@ -99,6 +98,7 @@ class _DocumentReader:
         self.parameters: Mapping[str, object] = {}
         self.dtype: str | None = None
         self.exclude: tuple[str, ...] = ()
+        self.shared: dict[str, Path] = {}
         # Where a value stands that is not read there, for the message when it is missing elsewhere.
         self._misplaced: dict[str, set[str]] = {}
         self._unread: dict[str, str] = {}
@@ -126,6 +126,7 @@ class _DocumentReader:
         self.dtype = self._dtype("dtype")
         self.dtype = self._dtype("out_dtype") or self.dtype
         self._read_exclude()
+        self._read_shared()
         self._decline()
         self._check_groups()
 
@@ -152,6 +153,7 @@ class _DocumentReader:
             inputs=inputs,
             warnings=self.report.warnings,
             text=text,
+            shared=MappingProxyType(self.shared),
         )
 
     def _level(self, schema: type[BaseModel], raw: object, path: str) -> dict[str, Any]:
@@ -184,8 +186,8 @@ class _DocumentReader:
             if key in self.words and "parameters" in known:
                 self._misplaced.setdefault(join(path, "parameters"), set()).add(key)
                 self.report.warn(here, f"has no effect here; move it to {join(path, 'parameters')}")
-            elif schema in (ModelEntry, SourceEntry) and key in _NOT_YET_IN_ENTRIES:
-                self.report.problem(here, "not yet: methods that take data of their own are not supported")
+            elif schema is SourceEntry and key in {"statistics", "task"}:
+                self.report.problem(here, "goes with whole models only: write `models:` instead of slices")
             elif key in _ROOT_KEYS:
                 self.report.warn(here, "has no effect here; move it to the root of the recipe")
             elif near := nearest_key(key, known):
@@ -345,7 +347,22 @@ class _DocumentReader:
                     f"{path}.layer_range", "is missing; for example [0, 16] for the first sixteen layers"
                 )
         settings = self._settings(values.get("parameters"), f"{path}.parameters", "model")
-        return Source(model or _UNKNOWN, layers, settings, path)
+        statistics = self._statistics(values.get("statistics") or {}, f"{path}.statistics")
+        return Source(model or _UNKNOWN, layers, settings, path, statistics, values.get("task"))
+
+    def _statistics(self, raw: Mapping[str, str], path: str) -> Mapping[str, Path]:
+        """Return the files of what was measured on a model, by kind."""
+        wanted = self.method.statistics if self.method else ()
+        files: dict[str, Path] = {}
+        for kind, text in raw.items():
+            if kind in wanted:
+                files[kind] = Path(text).expanduser()
+            elif self.method is not None:
+                known = f"it needs {spoken(wanted)}" if wanted else "it needs no statistics"
+                self.report.problem(
+                    join(path, kind), f'"{self.method.name}" does not know it; {known}{did_you_mean(kind, wanted)}'
+                )
+        return MappingProxyType(files)
 
     def _layer_range(self, raw: list[object], path: str) -> tuple[int, int] | None:
         numbers = [_whole(value) for value in raw]
@@ -402,6 +419,15 @@ class _DocumentReader:
         if not all(pattern.strip() for pattern in patterns):
             self.report.problem("exclude", "holds an empty pattern")
         self.exclude = tuple(patterns)
+
+    def _read_shared(self) -> None:
+        text = self.values.get("mask")
+        if text is None or self.method is None:
+            return
+        if "mask" in self.method.shared:
+            self.shared["mask"] = Path(text).expanduser()
+        else:
+            self.report.problem("mask", f'"{self.method.name}" uses no mask; leave the key out')
 
     def _decline(self) -> None:
         """Say what the recipe asks for and cannot have yet, after checking it."""
@@ -477,6 +503,26 @@ class _DocumentReader:
         elif method.base != "required" or group.base is not None:
             self._check_count(method, group, appended)
         self._check_required(method, group)
+        self._check_files(method, group)
+
+    def _check_files(self, method: Method, group: Slice) -> None:
+        """Say which files of what was measured are missing; where there is a task, they can be made."""
+        for kind in method.statistics:
+            for source in group.models:
+                if kind not in source.statistics and source.task is None:
+                    self.report.problem(
+                        f"{source.key_path}.statistics.{kind}",
+                        f'is missing: "{method.name}" needs it; make it with `graftwork {kind}`, or name the model\'s '
+                        "`task`, on whose data it is then measured",
+                    )
+        for kind in method.shared:
+            if kind not in self.shared and any(source.task is None for source in group.models):
+                self.report.problem(
+                    kind,
+                    f'is missing: "{method.name}" needs it; make it with `graftwork {kind}s`, or name a `task` for '
+                    "each model, on whose data it is then learned",
+                    once=kind,
+                )
 
     def _check_count(self, method: Method, group: Slice, appended: bool) -> None:
         low, high = method.minimum_models, method.maximum_models

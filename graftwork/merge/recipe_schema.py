@@ -41,6 +41,12 @@ class ModelEntry(_Level):
     model_config = ConfigDict(json_schema_extra={"required": ["model"]})
     model: _Reference = None
     parameters: _Settings = None
+    statistics: dict[str, str] | None = Field(
+        None, description="Files of what was measured on this model, by kind, such as fisher."
+    )
+    task: str | None = Field(
+        None, description="file.py:name of the model's task; what is missing is measured on its data."
+    )
 
 
 class SourceEntry(_Level):
@@ -103,6 +109,7 @@ class RecipeDocument(_Level):
     tokenizer_source: _Reference = None
     tokenizer: Annotated[dict[str, Any] | None, _defined("TokenizerEntry")] = None
     chat_template: str | None = None
+    mask: str | None = Field(None, description="File of what `graftwork masks` has learned for these models.")
     exclude: Annotated[list[str] | str | None, WithJsonSchema({"type": "array", "items": {"type": "string"}})] = Field(
         None, description="Patterns of tensors that are copied and not merged."
     )

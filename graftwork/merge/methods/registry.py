@@ -9,7 +9,7 @@ needs no pass first simply returns one. It does no I/O, moves nothing between de
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -72,6 +72,9 @@ class Method:
         summary: One sentence on what it does.
         program: The method itself: `program(group, **parameters)`.
         check: Says what is wrong with resolved parameters before anything is read.
+        statistics: Kinds of file that a recipe gives for each model under `statistics:`, such as `fisher`.
+        shared: Kinds of file that a recipe gives once, such as `mask`.
+        companions: Says which tensors of these files (and of the models) go with an output tensor.
     """
 
     name: str
@@ -86,11 +89,22 @@ class Method:
     summary: str
     program: Callable[..., Any]
     check: Callable[..., str | None]
+    statistics: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    companions: Companions | None = None
 
     def problem(self, **parameters: Any) -> str | None:
         """Return what is wrong with these resolved parameters taken together, or None."""
         return self.check(**parameters)
 
+
+Available = Mapping[str, Sequence[Collection[str]]]
+"""Names of the tensors of every model (under `model`), and of each statistic's and shared file."""
+
+Companions = Callable[[str, Available, Mapping[str, Any]], Mapping[str, tuple[str, str]]]
+"""`companions(name, available, parameters)` says what is read beside the models for the output tensor `name`: a mapping
+from the name of a `passes.Companion` to (a kind of file or `model`, the name of the tensor there). It raises a
+`GraftworkError` if something is missing that must not be."""
 
 _METHODS: dict[str, Method] = {}
 
@@ -109,6 +123,9 @@ def register(
     models: tuple[int, int | None] = (1, None),
     summary: str | None = None,
     check: Callable[..., str | None] = lambda **parameters: None,
+    statistics: tuple[str, ...] = (),
+    shared: tuple[str, ...] = (),
+    companions: Companions | None = None,
 ) -> Callable[[Program], Program]:
     """Return a decorator that registers a program as the method `name`.
 
@@ -136,6 +153,9 @@ def register(
             summary=summary or (inspect.getdoc(program) or "").split("\n", maxsplit=1)[0],
             program=program,
             check=check,
+            statistics=statistics,
+            shared=shared,
+            companions=companions,
         )
         return program
 
