@@ -25,17 +25,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from graftwork.merge.checkpoint import Checkpoint, quoted
 from graftwork.merge.errors import DataError, MismatchError, TaskError
 from graftwork.merge.evaluation import logits_of
 from graftwork.merge.task import Task, fit, raise_user_failure
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.nn.modules.batchnorm import _BatchNorm
     from torch.utils.hooks import RemovableHandle
+    from typing_extensions import TypeIs
 
     Source = Checkpoint | Mapping[str, Tensor]
     """An open checkpoint or a state dict."""
@@ -47,7 +46,6 @@ AT_ONCE = 1 << 20
 """Input elements that pass through the network together. Where all data fit, one pass corrects all layers; otherwise
 there is a pass per layer, which stops at that layer."""
 
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONSTANT = 1e-6
 """A channel whose standard deviation is below this share of what it should be is constant but for rounding."""
 
@@ -217,12 +215,14 @@ class Goal:
 
 def statistics_of(values: Tensor, axis: int) -> Statistics:
     """Return the moments of each index of `axis`; two passes in float64."""
-    rows = values.detach().to(torch.float64).movedim(axis, 0).flatten(1)
+    rows = values.detach().double().movedim(axis, 0).flatten(1)
     mean = rows.mean(dim=1)
     return Statistics(rows.shape[1], mean, (rows - mean[:, None]).square().sum(dim=1))
 
 
 def _mixed(shares: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    import torch
+
     return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum(dim=0)
 
 
@@ -266,6 +266,8 @@ class _Run:
         self._forward(first_only=False)
 
     def _forward(self, first_only: bool) -> None:
+        import torch
+
         parts = 0
         # Data or networks that draw random numbers draw the same ones in each pass.
         with torch.no_grad(), _own_random_state(self.device):
@@ -292,6 +294,8 @@ class _Run:
 
 @contextlib.contextmanager
 def _own_random_state(device: str) -> Iterator[None]:
+    import torch
+
     with torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
         torch.manual_seed(0)
         yield
@@ -303,9 +307,11 @@ class _Reached(BaseException):
 
 def _grouped(batches: Iterator[Any], elements: int) -> Iterator[Any]:
     """Join neighbouring batches that are plain tensors of one form, up to so many elements."""
+    import torch
+
     held: list[Tensor] = []
     for inputs in batches:
-        joins = isinstance(inputs, Tensor) and inputs.ndim > 0
+        joins = isinstance(inputs, torch.Tensor) and inputs.ndim > 0
         fits = bool(held) and joins and held[0].shape[1:] == inputs.shape[1:] and held[0].dtype == inputs.dtype
         if held and not (fits and sum(part.numel() for part in held) + inputs.numel() <= elements):
             yield torch.cat(held)
@@ -332,7 +338,7 @@ def find_places(run: _Run, method: Method) -> list[Place]:
     Raises:
         TaskError: There is none, or a BatchNorm layer runs twice in one pass, so that no statistics are its own.
     """
-    layers = {name: layer for name, layer in run.module.named_modules() if isinstance(layer, (*_WEIGHTED, _BatchNorm))}
+    layers = {name: layer for name, layer in run.module.named_modules() if _is_weighted(layer) or _is_batch_norm(layer)}
     calls: dict[str, int] = {}
     normalized: set[str] = set()
     outputs: dict[int, tuple[str, Tensor]] = {}
@@ -341,7 +347,7 @@ def find_places(run: _Run, method: Method) -> list[Place]:
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
-            if isinstance(layer, _BatchNorm):
+            if _is_batch_norm(layer):
                 before = outputs.get(id(inputs[0])) if inputs else None
                 if before is not None:
                     normalized.add(before[0])
@@ -357,14 +363,14 @@ def find_places(run: _Run, method: Method) -> list[Place]:
     finally:
         for handle in handles:
             handle.remove()
-    weighted = [name for name in calls if not isinstance(layers[name], _BatchNorm)]
+    weighted = [name for name in calls if not _is_batch_norm(layers[name])]
     last = run.task.head if run.task.head in layers else weighted[-1] if weighted else None
     users = _users(run.module)
     places = []
     for name, count in calls.items():
         layer = layers[name]
         prefix = f"{name}." if name else ""
-        if isinstance(layer, _BatchNorm):
+        if _is_batch_norm(layer):
             if not _keeps_statistics(layer):
                 continue
             if count > 1:
@@ -381,7 +387,7 @@ def find_places(run: _Run, method: Method) -> list[Place]:
                 # Tied or computed weights have a meaning elsewhere.
                 continue
             changes = ("weight",) if layer.bias is None else ("weight", "bias")
-            axis = -1 if isinstance(layer, nn.Linear) else 1
+            axis = 1 if weight.ndim > 2 else -1
             places.append(Place(name, layer, axis, tuple(prefix + change for change in changes)))
     if not places:
         what = "BatchNorm layer with running statistics" if method == "bn" else "layer that could be corrected"
@@ -389,8 +395,20 @@ def find_places(run: _Run, method: Method) -> list[Place]:
     return places
 
 
+def _is_weighted(layer: nn.Module) -> bool:
+    from torch import nn
+
+    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _is_batch_norm(layer: nn.Module) -> TypeIs[_BatchNorm]:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return isinstance(layer, _BatchNorm)
+
+
 def _keeps_statistics(layer: nn.Module) -> bool:
-    return isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
+    return _is_batch_norm(layer) and layer.running_mean is not None and layer.running_var is not None
 
 
 def _users(module: nn.Module) -> dict[int, int]:
@@ -437,7 +455,7 @@ def _add(found: dict[str, Statistics], place: Place, values: Tensor) -> None:
 def _check(run: _Run, place: Place, statistics: Statistics) -> None:
     if statistics.count < 2:
         raise TaskError(f"{run.doing}: {quoted(place.name)} sees one value per channel; give it more examples")
-    if not bool(torch.isfinite(statistics.squares).all()):
+    if not bool(statistics.squares.isfinite().all()):
         raise DataError(f"{run.doing}: activations of {quoted(place.name)} are not finite; look for NaN in the inputs")
 
 
@@ -467,7 +485,7 @@ def _correct_all(run: _Run, places: Sequence[Place], goals: Mapping[str, Goal] |
 
     try:
         for place in places:
-            if isinstance(place.layer, _BatchNorm):
+            if _is_batch_norm(place.layer):
                 handles.append(place.layer.register_forward_pre_hook(before(place)))
             else:
                 handles.append(place.layer.register_forward_hook(behind(place)))
@@ -484,20 +502,19 @@ def _correct(run: _Run, place: Place, found: Statistics, goals: Mapping[str, Goa
     _check(run, place, found)
     layer = place.layer
     goal = None if goals is None else goals[place.name]
-    if isinstance(layer, _BatchNorm):
+    if _is_batch_norm(layer):
         _set(layer.running_mean, found.mean)
         _set(layer.running_var, found.variance)
         if goal is not None and layer.affine:
             gain = layer.weight.double()
             varying = found.deviation > _CONSTANT * goal.deviation
             factor = ((found.variance + layer.eps) / found.variance).sqrt() * goal.deviation
-            signed = torch.where(gain < 0, -factor, factor)
-            _set(layer.weight, torch.where(varying, signed, gain))
+            _set(layer.weight, factor.where(gain >= 0, -factor).where(varying, gain))
             _set(layer.bias, goal.mean)
         return
     assert goal is not None
     varying = found.deviation > _CONSTANT * goal.deviation
-    scale = torch.where(varying, goal.deviation / found.deviation, 1.0)
+    scale = (goal.deviation / found.deviation).where(varying, goal.deviation.new_ones(()))
     weight, bias = cast("Tensor", layer.weight), cast("Tensor | None", layer.bias)
     _set(weight, weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1)))
     if bias is not None:
@@ -506,5 +523,4 @@ def _correct(run: _Run, place: Place, found: Statistics, goals: Mapping[str, Goa
 
 def _set(tensor: Tensor | None, values: Tensor) -> None:
     assert tensor is not None
-    with torch.no_grad():
-        tensor.copy_(values)
+    tensor.detach().copy_(values)
