@@ -851,7 +851,10 @@ class Engine:
     ) -> list[Array]:
         """Return the float64 sums of every block of a tensor."""
         formula = request.vectors if reducer == "gram" else request.terms
-        evaluate = self._reducer(step, formula, request.parameters, reducer, terms, request.each)
+        narrow = isinstance(request, Sums) and request.narrow and not step.wide
+        evaluate = self._reducer(
+            step, formula, request.parameters, reducer, terms, request.each, np.float32 if narrow else np.float64
+        )
 
         def reduce(number: int) -> list[Array]:
             first, last = number * self.span, min(step.elements, (number + 1) * self.span)
@@ -875,7 +878,7 @@ class Engine:
         each: bool,
         dtype: Any = np.float64,
     ) -> _Reducer:
-        bound = bind(parameters, "float64")
+        bound = bind(parameters, "float32" if reducer == "sums" and dtype == np.float32 else "float64")
         return _Reducer(step, formula, bound, reducer, terms, each, self.buffers, dtype, fuse=self.fuse)
 
     def _row_table(self, step: Step, request: RowTable, parallel: bool) -> Array:
@@ -1197,6 +1200,7 @@ class _Reducer:
         self.terms = terms
         self.scratch = np.dtype(dtype)
         self.sums = reducer in {"sums", "gram"}
+        narrow = reducer == "sums" and self.scratch == np.float32
         self.keys = np.dtype(np.uint32 if self.scratch == np.float32 else np.uint64)
         words = {item.entry.dtype for item in step.inputs}
         self.fused = (fuse and len(words) == 1) or words <= {"F32"} or words <= {"F64"}
@@ -1205,10 +1209,10 @@ class _Reducer:
             formula,
             len(step.models),
             step.base is not None,
-            "float64",
+            "float32" if narrow else "float64",
             bound.specification,
             bound.literals,
-            reducer,
+            "narrow sums" if narrow else reducer,
             terms,
             each,
             bound.elementwise,

@@ -78,12 +78,18 @@ class Gram:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Ask for the float64 sums over all elements of the values that the formula returns, as an array (count,)."""
+    """Ask for the float64 sums over all elements of the values that the formula returns, as an array (count,).
+
+    With `narrow`, the values are evaluated in float32 unless an input is float64, and added in float32 eight at a time
+    before they are added in float64: for terms of one sign the relative error is 2^-21 at most, and far less for more
+    than a few of them.
+    """
 
     terms: Formula
     count: int
     parameters: Mapping[str, Any] = field(default_factory=dict)
     each: bool = False
+    narrow: bool = False
 
 
 @dataclass(frozen=True, slots=True)

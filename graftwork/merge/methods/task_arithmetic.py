@@ -240,7 +240,7 @@ def _sampling(
     if rescale == "density":
         scale = tuple(1.0 / share if share > 0 else 1.0 for share in density)
     elif rescale is True and min(density) < 1:
-        sums = yield Sums(sampled_norms, 2 * group.models, mask, each=True)
+        sums = yield Sums(sampled_norms, 2 * group.models, mask, each=True, narrow=True)
         scale = _scales(sums, density)
     if consensus:
         return _consensus(weight, scale, lambda_, normalize, mask, sampled_consensus)
