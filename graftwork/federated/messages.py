@@ -1,0 +1,335 @@
+"""What crosses the wire: the only place that knows Flower's records and their keys.
+
+A message's content has
+
+* `arrays`, an ArrayRecord: tensors by flat name, each in the format of `numpy.save`. Flower has no bfloat16 and no
+  float8; these travel as the unsigned integers that hold their bits, and `graftwork["dtypes"]` says so.
+* `config`, a ConfigRecord: the algorithm's own small values.
+* `metrics`, a MetricRecord (replies): the client's numbers, with `num-examples`.
+* `graftwork`, a ConfigRecord: what the runtime adds. In requests `round`, `rounds`, `question`; in replies `site`.
+
+Message types are `train`, `evaluate`, and `query` for the roll call and for an algorithm's questions.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from graftwork.federated.algorithms.base import Form, Scalar
+from graftwork.federated.errors import FederationError
+from graftwork.merge import dtypes
+from graftwork.merge.checkpoint import quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Values = np.ndarray[Any, np.dtype[Any]]
+    Raw = tuple[str, Values]
+    """The code of a dtype and the raw words of a tensor, as `merge_arrays` takes them."""
+
+ARRAYS: Final = "arrays"
+CONFIG: Final = "config"
+METRICS: Final = "metrics"
+OWN: Final = "graftwork"
+EXAMPLES: Final = "num-examples"
+
+ROLL_CALL: Final = "roll-call"
+"""The question that every node answers with its site's name."""
+
+_CODES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "float16": "F16", "float32": "F32", "float64": "F64",
+    "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64",
+}  # fmt: skip
+"""torch's names → the codes of safetensors."""
+_NAMES = {code: name for name, code in _CODES.items()}
+_CARRIERS = {"BF16": "uint16", "F8_E4M3": "uint8", "F8_E5M2": "uint8"}
+"""Numpy dtypes that carry what numpy lacks."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors ↔ raw words
+
+
+def raw_of(tensor: Tensor) -> Raw:
+    """Return a tensor's dtype code and its raw words; they share memory with it where that is possible."""
+    import torch
+
+    code = _CODES.get(str(tensor.dtype).removeprefix("torch."))
+    if code is None:
+        raise FederationError(
+            f"cannot send a tensor of {tensor.dtype}; convert it to a floating-point or integer dtype"
+        )
+    plain = tensor.detach().cpu().contiguous()
+    if code in _CARRIERS:
+        same_size = torch.int16 if plain.element_size() == 2 else torch.uint8
+        return code, plain.view(same_size).numpy().view(dtypes.RAW[code])
+    values = plain.numpy()
+    return code, values.view(dtypes.RAW[code]) if code in dtypes.RAW else values
+
+
+def tensor_of(raw: Raw) -> Tensor:
+    """Return a tensor with a copy of raw words."""
+    import torch
+
+    code, words = raw
+    if code in _CARRIERS:
+        words = np.array(words.view(np.int16 if code == "BF16" else np.uint8))
+        return torch.from_numpy(words).view(getattr(torch, _NAMES[code]))
+    return torch.from_numpy(np.array(words.view(np.float16) if code == "F16" else words))
+
+
+def form_of(raw: Raw) -> Form:
+    """Return what raw words look like as a tensor."""
+    return Form(_NAMES[raw[0]], tuple(raw[1].shape))
+
+
+def float_values(raw: Raw) -> Values:
+    """Return the values of a floating-point tensor in float32 or wider; float32 and float64 are not copied."""
+    code, words = raw
+    if code in ("F32", "F64"):
+        return words
+    if code == "F16":
+        return words.view(np.float16).astype(np.float32)
+    if code == "BF16":
+        return (words.astype(np.uint32) << 16).view(np.float32)
+    result: Values = tensor_of(raw).float().numpy()
+    return result
+
+
+def is_float(code: str) -> bool:
+    """Return whether a dtype code stands for floating-point numbers that can be averaged."""
+    return code in dtypes.MERGEABLE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Raw words ↔ Flower's arrays
+
+
+@functools.lru_cache(maxsize=4096)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Return the header that `numpy.save` writes for an array in row-major order."""
+    stream = io.BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, description)
+    return stream.getvalue()
+
+
+def _array_of(raw: Raw) -> Array:
+    code, words = raw
+    carried = words.view(_CARRIERS.get(code, _NAMES[code]))
+    shape = tuple(int(size) for size in carried.shape)
+    name = carried.dtype.name
+    data = b"".join((_header(name, shape), np.ascontiguousarray(carried).reshape(-1).view(np.uint8).data))
+    return Array(name, shape, "numpy.ndarray", data)
+
+
+def _raw_from(array: Array, code: str | None) -> Raw:
+    """Return the words of an array without copying them.
+
+    Raises:
+        ValueError: It is not what it says.
+    """
+    if array.stype != "numpy.ndarray":
+        raise ValueError(f"is serialised as {array.stype!r}, not as numpy.ndarray")
+    data = array.data
+    try:
+        expected = _header(array.dtype, tuple(array.shape))
+    except (TypeError, ValueError):
+        raise ValueError(f"has the unknown dtype {array.dtype!r}") from None
+    if data.startswith(expected):
+        dtype, shape, start = np.dtype(array.dtype), tuple(array.shape), len(expected)
+    else:
+        stream = io.BytesIO(data)
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(stream)
+        start = stream.tell()
+        if is_fortran and len(shape) > 1:
+            values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            return _coded(np.ascontiguousarray(values), code)
+    if dtype.hasobject:
+        raise ValueError("holds Python objects")
+    if dtype.byteorder == ">":
+        raise ValueError("is big-endian")
+    count = int(np.prod(shape, dtype=np.int64))
+    if len(data) - start != count * dtype.itemsize:
+        raise ValueError(f"has {len(data) - start} bytes for {count} values of {dtype}")
+    return _coded(np.frombuffer(data, dtype, count=count, offset=start).reshape(shape), code)
+
+
+def _coded(values: Values, code: str | None) -> Raw:
+    if code is not None:
+        if _CARRIERS.get(code) != values.dtype.name:
+            raise ValueError(f"is {values.dtype}, which does not carry {code}")
+        return code, values.view(dtypes.RAW[code])
+    found = _CODES.get(values.dtype.name)
+    if found is None:
+        raise ValueError(f"has the dtype {values.dtype}")
+    return found, values.view(dtypes.RAW[found]) if found in dtypes.RAW else values
+
+
+class Encoder:
+    """Turns tensors into Flower's arrays, each tensor object once: what goes to all sites is serialised once."""
+
+    def __init__(self) -> None:
+        self._done: dict[int, tuple[Tensor, Array]] = {}
+
+    def record(self, tensors: Mapping[str, Tensor]) -> tuple[ArrayRecord, dict[str, str]]:
+        """Return the record, and the dtypes that numpy lacks by name."""
+        arrays: dict[str, Array] = {}
+        odd: dict[str, str] = {}
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            known = self._done.get(id(tensor))
+            if known is None:
+                known = (tensor, _array_of(raw_of(tensor)))
+                self._done[id(tensor)] = known
+            arrays[name] = known[1]
+            code = _CODES[str(tensor.dtype).removeprefix("torch.")]
+            if code in _CARRIERS:
+                odd[name] = code
+        return ArrayRecord(arrays, keep_input=True), odd
+
+
+def decode_arrays(record: ArrayRecord, odd: Mapping[str, str]) -> dict[str, Raw]:
+    """Return raw words by name.
+
+    Raises:
+        ValueError: An array is not what it says; the message starts with its name.
+    """
+    found: dict[str, Raw] = {}
+    for name, array in record.items():
+        try:
+            found[name] = _raw_from(array, odd.get(name))
+        except (ValueError, TypeError, KeyError, EOFError, SyntaxError) as error:
+            raise ValueError(f"{quoted(name)} {error}") from None
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests and replies
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a client is asked.
+
+    Args:
+        kind: `train`, `evaluate` or `query`.
+        round: Number of the round; 0 before the rounds.
+        rounds: How many there will be.
+        question: What a query asks.
+        tensors: What is sent, by flat name.
+        config: The algorithm's small values.
+    """
+
+    kind: str
+    round: int
+    rounds: int
+    question: str = ""
+    tensors: Mapping[str, Raw] = field(default_factory=dict)
+    config: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a reply holds, decoded but not yet judged."""
+
+    site: str
+    examples: float
+    tensors: Mapping[str, Raw]
+    metrics: Mapping[str, float]
+
+
+def request_content(request: Request, encoder: Encoder, tensors: Mapping[str, Tensor]) -> tuple[RecordDict, int]:
+    """Return a request's content and the number of bytes of its tensors."""
+    record, odd = encoder.record(tensors)
+    own: dict[str, Any] = {
+        "round": request.round,
+        "rounds": request.rounds,
+        "question": request.question,
+        "dtypes": json.dumps(odd),
+    }
+    content = RecordDict({ARRAYS: record, CONFIG: ConfigRecord({**request.config}), OWN: ConfigRecord(own)})
+    return content, size_of(record)
+
+
+def read_request(message: Message) -> Request:
+    """Return what a message asks.
+
+    Raises:
+        FederationError: It is none of ours.
+    """
+    content = message.content
+    own = content.get(OWN)
+    arrays, config = content.get(ARRAYS, ArrayRecord()), content.get(CONFIG, ConfigRecord())
+    if not isinstance(own, ConfigRecord) or not isinstance(arrays, ArrayRecord) or not isinstance(config, ConfigRecord):
+        raise FederationError("cannot read a message: it was not sent by graftwork's server")
+    try:
+        tensors = decode_arrays(arrays, json.loads(str(own.get("dtypes", "{}"))))
+    except ValueError as error:
+        raise FederationError(f"cannot read a message: tensor {error}") from None
+    return Request(
+        kind=message.metadata.message_type.partition(".")[0],
+        round=int(_number(own, "round")),
+        rounds=int(_number(own, "rounds")),
+        question=str(own.get("question", "")),
+        tensors=tensors,
+        config={key: value for key, value in config.items() if isinstance(value, bool | int | float | str)},
+    )
+
+
+def _number(record: ConfigRecord, key: str) -> float:
+    value = record.get(key, 0)
+    return value if isinstance(value, int | float) else 0
+
+
+def reply_content(
+    site: str, tensors: Mapping[str, Tensor], examples: float, metrics: Mapping[str, float]
+) -> RecordDict:
+    """Return the content of a reply."""
+    record, odd = Encoder().record(tensors)
+    numbers: dict[str, Any] = {EXAMPLES: float(examples), **{key: float(value) for key, value in metrics.items()}}
+    return RecordDict(
+        {ARRAYS: record, METRICS: MetricRecord(numbers), OWN: ConfigRecord({"site": site, "dtypes": json.dumps(odd)})}
+    )
+
+
+def read_answer(message: Message) -> Answer:
+    """Return what a reply holds.
+
+    Raises:
+        ValueError: It cannot be read; the message says what is wrong.
+    """
+    content = message.content
+    own, arrays, metrics = content.get(OWN), content.get(ARRAYS), content.get(METRICS)
+    if (
+        not isinstance(own, ConfigRecord)
+        or not isinstance(arrays, ArrayRecord)
+        or not isinstance(metrics, MetricRecord)
+    ):
+        missing = [key for key in (OWN, ARRAYS, METRICS) if key not in content]
+        raise ValueError(f"its reply has no {', '.join(missing) or 'record of the right kind'}")
+    numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
+    if EXAMPLES not in numbers:
+        raise ValueError("its reply does not say how many examples stand behind it")
+    try:
+        tensors = decode_arrays(arrays, json.loads(str(own.get("dtypes", "{}"))))
+    except ValueError as error:
+        raise ValueError(f"tensor {error}") from None
+    examples = numbers.pop(EXAMPLES)
+    return Answer(str(own.get("site", "")), examples, tensors, numbers)
+
+
+def size_of(record: ArrayRecord) -> int:
+    """Return the bytes of a record's arrays."""
+    return sum(len(array.data) for array in record.values())
