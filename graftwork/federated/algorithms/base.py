@@ -569,8 +569,13 @@ class Algorithm:
     def before_rounds(self, server: Server) -> None:
         """Do what comes before the first round, such as collecting statistics; once per run."""
 
-    def local_names(self, module: nn.Module) -> frozenset[str]:
-        """Return the entries of a model that stay on the sites, by plain name; by default none."""
+    def local_names(self, module: nn.Module, head: str | None = None) -> frozenset[str]:
+        """Return the entries of a model that stay on the sites, by plain name; by default none.
+
+        Args:
+            module: The model.
+            head: The task's head, `task.head`; an algorithm that trains the head alone keeps all else on the sites.
+        """
         return frozenset()
 
     def outgoing(self, server: Server, site: str) -> Outgoing:
