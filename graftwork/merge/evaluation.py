@@ -99,7 +99,7 @@ def evaluate(
         raise TaskError(f"cannot evaluate: two tasks are called {quoted(repeated[0])}; give them different names")
     named = checkpoints if isinstance(checkpoints, Mapping) else {_path(source): source for source in checkpoints}
     evaluations: list[Evaluation] = []
-    with _own_random_state(device):
+    with own_random_state(device):
         for name, source in named.items():
             for task, module in zip(tasks, _modules(name, source, tasks), strict=True):
                 evaluations.append(_evaluate_one(name, task, module, split, device))
@@ -140,7 +140,8 @@ def _modules(name: str, source: Source, tasks: Sequence[Task]) -> list[nn.Module
 
 
 @contextlib.contextmanager
-def _own_random_state(device: str) -> Iterator[None]:
+def own_random_state(device: str) -> Iterator[None]:
+    """Leave torch's random state, on the CPU and the device, as it was before."""
     import torch
 
     with torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
@@ -194,7 +195,7 @@ def _add_batch(totals: _Totals, task: Task, module: nn.Module, batch: Any, devic
 
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise TaskError(f"{where} is {type(batch).__name__}, not a pair (inputs, labels)")
-    inputs, labels = (_moved(part, device) for part in batch)
+    inputs, labels = (moved(part, device) for part in batch)
     if labels is None:
         raise TaskError(f"{where} has no labels; evaluation needs them")
     logits = logits_of(task, module, inputs)
@@ -219,10 +220,10 @@ def _add_batch(totals: _Totals, task: Task, module: nn.Module, batch: Any, devic
         totals.has_classes = False
 
 
-def _moved(part: Any, device: str) -> Any:
+def moved(part: Any, device: str) -> Any:
     """Return inputs or labels on the device: a tensor, or tensors in a mapping, list or tuple."""
     if isinstance(part, Mapping):
-        return {key: _moved(value, device) for key, value in part.items()}
+        return {key: moved(value, device) for key, value in part.items()}
     if isinstance(part, list | tuple) and not hasattr(part, "_fields"):
-        return type(part)(_moved(value, device) for value in part)
+        return type(part)(moved(value, device) for value in part)
     return part.to(device) if hasattr(part, "to") else part

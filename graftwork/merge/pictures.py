@@ -110,7 +110,7 @@ def bar_picture(
         raise ValueError("a picture needs at least one row with a value")
     places, headings, bottom = _places(list(rows), groups)
     with house_style() as new_figure:
-        head = _head_inches(subtitle, rows=math.ceil(len(tasks) / 4) if len(tasks) > 1 else 0)
+        head = heading_inches(subtitle, rows=math.ceil(len(tasks) / 4) if len(tasks) > 1 else 0)
         figure = new_figure(figsize=(7.6, 0.25 * bottom + 0.6 + head), layout="constrained")
         axes = figure.add_subplot()
         for name, values in rows.items():
@@ -129,7 +129,7 @@ def bar_picture(
                 label=task,
                 zorder=3,
                 clip_on=False,
-                **_marker(number),
+                **marker(number),
             )
         for heading, place in headings.items():
             axes.text(
@@ -144,7 +144,7 @@ def bar_picture(
         axes.spines["left"].set_visible(False)
         if len(tasks) > 1:
             axes.text(1.025, -0.6, "mean", va="bottom", ha="left", color=QUIET, transform=axes.get_yaxis_transform())
-        _head(figure, head, title, subtitle, axes.get_legend_handles_labels(), columns=4)
+        place_heading(figure, head, title, subtitle, axes.get_legend_handles_labels(), columns=4)
         return save(figure, path)
 
 
@@ -183,7 +183,7 @@ def depth_picture(
         for number, kind in reversed(list(enumerate(kinds))):
             points = sorted(inside[kind].items())
             shown = [(depth, change) for depth, change in points if change > 0 or not is_logarithmic]
-            look = _marker(number) if number < len(COLOURS) - 1 else {"marker": ".", "color": "#BBBBBB"}
+            look = marker(number) if number < len(COLOURS) - 1 else {"marker": ".", "color": "#BBBBBB"}
             name = kind if number < len(COLOURS) - 1 else "other" if number == len(kinds) - 1 else "_nolegend_"
             axes.plot(
                 [depth for depth, _ in shown],
@@ -206,15 +206,16 @@ def depth_picture(
         if hidden:
             subtitle += f"{'; ' if subtitle else ''}{hidden} unchanged tensor{'s' * (hidden > 1)} not shown"
         columns = 3 if max(map(len, labels), default=0) > 16 else 4
-        head = _head_inches(subtitle, rows=math.ceil(len(labels) / columns))
-        _head(figure, head, title, subtitle, (handles[::-1], labels[::-1]), columns=columns)
+        head = heading_inches(subtitle, rows=math.ceil(len(labels) / columns))
+        place_heading(figure, head, title, subtitle, (handles[::-1], labels[::-1]), columns=columns)
         return save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _marker(number: int) -> dict[str, Any]:
+def marker(number: int) -> dict[str, Any]:
+    """Return colour and marker of a series."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKERS[number % len(MARKERS)],
@@ -240,12 +241,12 @@ def _places(names: Sequence[str], groups: Mapping[str, str] | None) -> tuple[dic
     return places, headings, place
 
 
-def _head_inches(subtitle: str, rows: int) -> float:
+def heading_inches(subtitle: str, rows: int) -> float:
     """Return the height of title, subtitle and a legend of so many rows."""
     return 0.5 + (0.2 if subtitle else 0) + 0.21 * rows
 
 
-def _head(
+def place_heading(
     figure: Figure, inches: float, title: str, subtitle: str, legend: tuple[list[Any], list[str]], *, columns: int
 ) -> None:
     """Put title, subtitle and legend above the picture, flush left."""

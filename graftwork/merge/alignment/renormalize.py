@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from graftwork.merge.checkpoint import Checkpoint, quoted
 from graftwork.merge.errors import DataError, MismatchError, TaskError
-from graftwork.merge.evaluation import logits_of
+from graftwork.merge.evaluation import logits_of, moved, own_random_state
 from graftwork.merge.task import Task, fit, raise_user_failure
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Renormalizer:
 
     def __call__(self, tensors: Mapping[str, Tensor], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
         """Return the tensors of a mixture with its statistics put right; see `renormalize`."""
-        with _own_random_state(self._device):
+        with own_random_state(self._device):
             module = fit(self.task, tensors, name="the merged model")
         run = _Run(self.task, module, self._device, f"cannot renormalize the merged model on task {self._task}")
         places = find_places(run, self.method)
@@ -129,7 +129,7 @@ class Renormalizer:
         return quoted(self.task.name)
 
     def _parent_statistics(self, parent: Source, name: str) -> dict[str, Statistics]:
-        with _own_random_state(self._device):
+        with own_random_state(self._device):
             module = fit(self.task, parent)
         run = _Run(self.task, module, self._device, f"cannot measure {name} on task {self._task}")
         return measure(run, find_places(run, "repair"))
@@ -158,7 +158,7 @@ class Renormalizer:
 
 def has_batch_norm(task: Task) -> bool:
     """Return whether the task's network has BatchNorm layers with running statistics."""
-    with _own_random_state("cpu"):
+    with own_random_state("cpu"):
         try:
             module = task.model()
         except BaseException as error:
@@ -269,15 +269,16 @@ class _Run:
         import torch
 
         parts = 0
-        # Data or networks that draw random numbers draw the same ones in each pass.
-        with torch.no_grad(), _own_random_state(self.device):
+        with torch.no_grad(), own_random_state(self.device):
+            # Data or networks that draw random numbers draw the same ones in each pass.
+            torch.manual_seed(0)
             try:
                 for inputs in _grouped(self._inputs(), AT_ONCE):
                     parts += 1
                     if first_only and parts == 2:
                         break
                     with contextlib.suppress(_Reached):
-                        logits_of(self.task, self.module, _on(inputs, self.device))
+                        logits_of(self.task, self.module, moved(inputs, self.device))
             except BaseException as error:
                 raise_user_failure(error, self.doing)
         if not parts:
@@ -290,15 +291,6 @@ class _Run:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise TaskError(f"{self.doing}: batch {number} is {type(batch).__name__}, not a pair (inputs, labels)")
             yield batch[0]
-
-
-@contextlib.contextmanager
-def _own_random_state(device: str) -> Iterator[None]:
-    import torch
-
-    with torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
-        torch.manual_seed(0)
-        yield
 
 
 class _Reached(BaseException):
