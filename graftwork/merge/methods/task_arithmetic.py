@@ -249,26 +249,29 @@ def _sampling(
 
 def _by_rank(
     models: Array, base: Array, density: Sequence[float], epsilon: Sequence[float], of: Callable[[Array], Any]
-) -> Any:
-    """Return `of(p)` for each entry: p = density - ε + 2ε·r/(c-1), r the rank of |d| in its row of length c, ascending.
+) -> list[Array]:
+    """Return `of(p)` for each entry of each model.
+
+    p = density - ε + 2ε·r/(c-1), r the rank of |d| in its row of length c, ascending.
 
     Rows run along the second axis, or along the only one. All rows share a table, as p depends on the rank alone.
     """
-    from graftwork.merge.ranks import row_ranks
+    from graftwork.merge.ranks import by_rank
 
+    rows = base if base.ndim <= 2 else np.moveaxis(base, 1, -1)
+    length = rows.shape[-1]
+    flat = np.ascontiguousarray(rows).reshape(-1, length)
     made = []
     for model, share, spread in zip(models, density, epsilon, strict=True):
         if not 0 < share < 1:
             made.append(np.full(base.shape, of(np.array(min(max(share, 0.0), 1.0)))))
             continue
-        delta = np.abs(model - base)
-        rows = delta if delta.ndim <= 2 else np.moveaxis(delta, 1, -1)
-        length = rows.shape[-1]
+        own = model if base.ndim <= 2 else np.moveaxis(model, 1, -1)
         slope = 2 * spread / (length - 1) if length > 1 else 0.0
         table = of((share - spread if length > 1 else share) + slope * np.arange(length))
-        values = table[row_ranks(np.ascontiguousarray(rows).reshape(-1, length))].reshape(rows.shape)
-        made.append(values if rows.ndim <= 2 else np.moveaxis(values, -1, 1))
-    return np.stack(made)
+        values = by_rank(np.ascontiguousarray(own).reshape(-1, length), flat, table).reshape(rows.shape)
+        made.append(values if base.ndim <= 2 else np.moveaxis(values, -1, 1))
+    return made
 
 
 def rank_limits(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Any:
@@ -280,10 +283,9 @@ def rank_limits(models: Array, base: Array, *, density: Sequence[float], epsilon
     return _by_rank(models, base, density, epsilon, limit)
 
 
-def inverse_probabilities(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Array:
+def inverse_probabilities(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Any:
     """Return 1/p for each entry."""
-    inverse: Array = _by_rank(models, base, density, epsilon, lambda p: 1.0 / np.where(p > 0, p, 1.0))
-    return inverse
+    return _by_rank(models, base, density, epsilon, lambda p: 1.0 / np.where(p > 0, p, 1.0))
 
 
 def _della_problem(*, density: Sequence[float], epsilon: Sequence[float], **other: Any) -> str | None:
