@@ -119,6 +119,11 @@ class Recipe:
         warnings: What is probably not meant, one line each.
         text: The whole file, byte for byte.
         shared: Files that the method reads for all models together, by kind, such as `mask`.
+        align: How units are re-ordered before the merge, by key; None if they are not.
+        renormalize: How activations are set right after the merge, by key; None if they are not.
+        measure: How statistics are measured that are missing, by key.
+        learn: How a mask file is learned that is missing, by key.
+        evaluate: Tasks on which the output is evaluated.
     """
 
     name: str | None
@@ -134,6 +139,11 @@ class Recipe:
     warnings: tuple[str, ...]
     text: str
     shared: Mapping[str, Path] = field(default_factory=dict)
+    align: Mapping[str, Any] | None = None
+    renormalize: Mapping[str, Any] | None = None
+    measure: Mapping[str, Any] = field(default_factory=dict)
+    learn: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: tuple[str, ...] = ()
 
     def canonical(self) -> str:
         """Return the recipe as JSON in one form: what has no effect is left out, models stand as they were written."""
@@ -168,6 +178,8 @@ class Recipe:
             dtype=self.dtype,
             exclude=self.exclude,
             **{kind: path.name for kind, path in self.shared.items()},
+            align=_shown_entry(self.align),
+            renormalize=_shown_entry(self.renormalize),
             **groups,
         )
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -240,6 +252,11 @@ def json_schema() -> dict[str, Any]:
     from graftwork.merge import recipe_schema
 
     return recipe_schema.json_schema()
+
+
+def _shown_entry(entry: Mapping[str, Any] | None) -> dict[str, object]:
+    """Return an entry without what names files of this machine."""
+    return {key: value for key, value in (entry or {}).items() if key not in {"task", "module", "spec"}}
 
 
 def _filled(**values: object) -> dict[str, object]:

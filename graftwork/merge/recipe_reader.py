@@ -25,9 +25,13 @@ from graftwork.merge.problems import Report, join, nearest_key, printable, raise
 from graftwork.merge.recipe import ModelReference, Recipe, Slice, Source
 from graftwork.merge.recipe_references import References, is_scalar, shown_reference
 from graftwork.merge.recipe_schema import (
+    AlignEntry,
+    LearnEntry,
+    MeasureEntry,
     ModelEntry,
     ModuleEntry,
     RecipeDocument,
+    RenormalizeEntry,
     SliceEntry,
     SourceEntry,
     TokenizerEntry,
@@ -99,6 +103,7 @@ class _DocumentReader:
         self.dtype: str | None = None
         self.exclude: tuple[str, ...] = ()
         self.shared: dict[str, Path] = {}
+        self.stages: dict[str, Any] = {}
         # Where a value stands that is not read there, for the message when it is missing elsewhere.
         self._misplaced: dict[str, set[str]] = {}
         self._unread: dict[str, str] = {}
@@ -127,6 +132,7 @@ class _DocumentReader:
         self.dtype = self._dtype("out_dtype") or self.dtype
         self._read_exclude()
         self._read_shared()
+        self._read_stages()
         self._decline()
         self._check_groups()
 
@@ -154,6 +160,7 @@ class _DocumentReader:
             warnings=self.report.warnings,
             text=text,
             shared=MappingProxyType(self.shared),
+            **self.stages,
         )
 
     def _level(self, schema: type[BaseModel], raw: object, path: str) -> dict[str, Any]:
@@ -166,13 +173,17 @@ class _DocumentReader:
         try:
             schema.model_validate(values)
         except ValidationError as error:
-            for detail in error.errors(include_url=False, include_context=False):
+            for detail in error.errors(include_url=False):
                 key = str(detail["loc"][0])
                 if key not in values:
                     continue
                 value = values.pop(key)
                 quoted = "; put it in quotes" if detail["type"] == "string_type" and is_scalar(value) else ""
                 said = "must be text or a list of text" if key == "exclude" else _PLAIN_ERRORS.get(detail["type"])
+                if detail["type"] == "literal_error":
+                    words = str(detail["ctx"]["expected"]).replace("'", "")
+                    quoted = did_you_mean(value, re.split(", | or ", words)) if isinstance(value, str) else ""
+                    said = f"must be {words}"
                 self.report.problem(join(path, key), f"{said or 'has a wrong type'}, not {show(value)}{quoted}")
         return {key: value for key, value in values.items() if value is not None}
 
@@ -428,6 +439,40 @@ class _DocumentReader:
             self.shared["mask"] = Path(text).expanduser()
         else:
             self.report.problem("mask", f'"{self.method.name}" uses no mask; leave the key out')
+
+    def _read_stages(self) -> None:
+        """Read what is done before and after the merge itself."""
+        tasks = [source.task for group in self.slices for source in group.sources if source.task is not None]
+        entries = (("align", AlignEntry), ("renormalize", RenormalizeEntry), ("measure", MeasureEntry))
+        for key, schema in (*entries, ("learn", LearnEntry)):
+            raw = self.values.get(key)
+            if raw is None:
+                continue
+            if "slices" in self.values and key != "measure":
+                self.report.problem(key, "goes with whole models only: write `models:` instead of slices")
+            entry = self._level(schema, {"method": raw} if key == "renormalize" and isinstance(raw, str) else raw, key)
+            self.stages[key] = MappingProxyType(entry)
+        align = self.stages.get("align")
+        if align is not None:
+            if align.get("to") == "base" and self.base is None:
+                self.report.problem("align.to", "is base, but the recipe has no base_model; write first")
+            if align.get("method", "weights") != "weights" and not (align.get("task") or tasks):
+                self.report.problem("align.task", f"is missing: {align['method']} are compared on a task's data")
+            if "mask" in self.shared or any(source.statistics for group in self.slices for source in group.sources):
+                self.report.problem(
+                    "align",
+                    "stands beside files that were made from the models as they are; leave these out, and name tasks "
+                    "on which they are made after the alignment",
+                )
+        if "renormalize" in self.stages and not (self.stages["renormalize"].get("task") or tasks):
+            self.report.problem("renormalize.task", "is missing: activations are looked at on a task's inputs")
+        wanted = self.values.get("evaluate")
+        if wanted is True:
+            if not tasks:
+                self.report.problem("evaluate", "is true, but no model has a `task`; list the tasks")
+            self.stages["evaluate"] = tuple(dict.fromkeys(tasks))
+        elif isinstance(wanted, list):
+            self.stages["evaluate"] = tuple(wanted)
 
     def _decline(self) -> None:
         """Say what the recipe asks for and cannot have yet, after checking it."""

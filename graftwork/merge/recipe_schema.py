@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -88,6 +88,49 @@ class TokenizerEntry(_Level):
     new_tokens: str | None = None
 
 
+class AlignEntry(_Level):
+    """What `align` holds: how units are re-ordered before the models are merged."""
+
+    to: Literal["base", "first", "universe"] | None = Field(
+        None, description="Whose order counts: the base's (default), the first model's, or one found for all."
+    )
+    method: Literal["weights", "activations", "ste"] | None = Field(None, description="What units are matched by.")
+    family: str | None = Field(None, description="Family of networks, if the tensors' names do not tell.")
+    spec: str | None = Field(None, description="File that says which axes belong together.")
+    module: str | None = Field(None, description="file.py:name of a function that makes the module, to be traced.")
+    task: str | None = Field(None, description="Task on whose data units are matched; the first model's if absent.")
+    seed: int | None = None
+    restarts: int | None = None
+
+
+class RenormalizeEntry(_Level):
+    """What `renormalize` holds: how activations are set right after the merge."""
+
+    method: Literal["repair", "bn"] | None = None
+    task: str | None = Field(None, description="Task on whose inputs statistics are taken; the models' own if absent.")
+    batches: int | None = Field(None, description="Batches that are looked at; all if absent.")
+
+
+class MeasureEntry(_Level):
+    """What `measure` holds: how statistics that are missing are measured on the models' tasks."""
+
+    examples: int | None = None
+    estimator: str | None = Field(None, description="Of the Fisher information.")
+    seed: int | None = None
+
+
+class LearnEntry(_Level):
+    """What `learn` holds: how a mask file that is missing is learned on the models' tasks."""
+
+    parametrisation: str | None = None
+    loss: str | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    batch: int | None = None
+    examples: int | None = None
+    seed: int | None = None
+
+
 class RecipeDocument(_Level):
     """A recipe for `graftwork merge`."""
 
@@ -110,6 +153,14 @@ class RecipeDocument(_Level):
     tokenizer: Annotated[dict[str, Any] | None, _defined("TokenizerEntry")] = None
     chat_template: str | None = None
     mask: str | None = Field(None, description="File of what `graftwork masks` has learned for these models.")
+    align: Annotated[dict[str, Any] | None, _defined("AlignEntry")] = None
+    renormalize: Annotated[dict[str, Any] | str | None, _defined("RenormalizeEntry")] = None
+    measure: Annotated[dict[str, Any] | None, _defined("MeasureEntry")] = None
+    learn: Annotated[dict[str, Any] | None, _defined("LearnEntry")] = None
+    evaluate: Annotated[
+        list[str] | bool | None,
+        WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "array", "items": {"type": "string"}}]}),
+    ] = Field(None, description="Tasks on which the output is evaluated; true for the models' own.")
     exclude: Annotated[list[str] | str | None, WithJsonSchema({"type": "array", "items": {"type": "string"}})] = Field(
         None, description="Patterns of tensors that are copied and not merged."
     )
@@ -119,7 +170,8 @@ def json_schema() -> dict[str, Any]:
     """Return a JSON schema of recipe files, for editors that complete and check while typing."""
     schema: dict[str, Any] = _linked(RecipeDocument.model_json_schema())
     definitions = schema.setdefault("$defs", {})
-    for entry in (ModelEntry, SourceEntry, SliceEntry, ModuleEntry, TokenizerEntry):
+    entries = (ModelEntry, SourceEntry, SliceEntry, ModuleEntry, TokenizerEntry)
+    for entry in (*entries, AlignEntry, RenormalizeEntry, MeasureEntry, LearnEntry):
         definitions[entry.__name__] = _linked(entry.model_json_schema())
     names = registry.names()
     properties: dict[str, Any] = {}

@@ -911,3 +911,44 @@ def test_importing_recipes_needs_nothing_heavy():
     folder = Path(graftwork.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
     assert done.stdout.strip() == "[]"
+
+
+class TestStages:
+    """What a recipe has done before and after the merge."""
+
+    HEAD = "merge_method: linear\nparameters: {weight: 1}\n"
+
+    def problems(self, text: str) -> list[str]:
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe(self.HEAD + text)
+        return list(caught.value.problems)
+
+    def models(self, folder: Path, *tasks: str | None) -> str:
+        lines = ["models:"]
+        for number, task in enumerate(tasks):
+            path = folder / f"m{number}"
+            path.mkdir(exist_ok=True)
+            lines.append(f"- {{model: {path}" + (f", task: '{task}'}}" if task else "}"))
+        return "\n".join(lines) + "\n"
+
+    def test_are_read(self, tmp_path: Path) -> None:
+        text = "align: {to: first, seed: 3}\nrenormalize: repair\nmeasure: {examples: 64}\nevaluate: true\n"
+        [recipe] = parse_recipe(self.HEAD + text + self.models(tmp_path, "a.py:a", "b.py:b")).recipes
+        assert recipe.align == {"to": "first", "seed": 3}
+        assert recipe.renormalize == {"method": "repair"}
+        assert recipe.measure == {"examples": 64}
+        assert recipe.evaluate == ("a.py:a", "b.py:b")
+        assert [source.task for source in recipe.slices[0].sources] == ["a.py:a", "b.py:b"]
+
+    def test_a_word_that_is_none_of_the_known_ones(self, tmp_path: Path) -> None:
+        [problem] = self.problems("align: {to: frst}\n" + self.models(tmp_path, None, None))
+        assert problem == 'align.to: must be base, first or universe, not "frst"; did you mean "first"?'
+
+    def test_what_needs_a_task_says_so(self, tmp_path: Path) -> None:
+        text = "align: {to: first, method: ste}\nrenormalize: bn\nevaluate: true\n"
+        problems = self.problems(text + self.models(tmp_path, None, None))
+        assert [line.partition(":")[0] for line in problems] == ["align.task", "renormalize.task", "evaluate"]
+
+    def test_an_alignment_to_a_base_needs_one(self, tmp_path: Path) -> None:
+        [problem] = self.problems("align: {to: base}\n" + self.models(tmp_path, None, None))
+        assert problem.startswith("align.to: is base, but the recipe has no base_model")
