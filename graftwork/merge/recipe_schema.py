@@ -108,7 +108,6 @@ class RenormalizeEntry(_Level):
 
     method: Literal["repair", "bn"] | None = None
     task: str | None = Field(None, description="Task on whose inputs statistics are taken; the models' own if absent.")
-    batches: int | None = Field(None, description="Batches that are looked at; all if absent.")
 
 
 class MeasureEntry(_Level):
