@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import scipy.linalg
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -836,6 +837,65 @@ def _passthrough(base, x, *, scores, scale=None):  # type: ignore[no-untyped-def
     return Result(value, np.abs(value))
 
 
+# --- Singular vectors -----------------------------------------------------------------------------------------------
+
+
+def nonzero_triplets(matrix: Array, size: float = 0.0) -> tuple[Array, Array, Array]:
+    """Return U, s, V without the triplets whose s is rounding: at most max(shape)·2⁻⁵² of the largest, or of `size`."""
+    u, s, vt = scipy.linalg.svd(matrix, full_matrices=False, lapack_driver="gesvd")
+    keep = s > max(matrix.shape) * 2.0**-52 * max(float(np.max(s, initial=0.0)), size)
+    return u[:, keep], s[keep], vt[keep].T
+
+
+def polar_factor(matrix: Array) -> Array:
+    """Return U·Vᵗ."""
+    u, _, v = nonzero_triplets(matrix)
+    return u @ v.T
+
+
+def _isotropic_sum(differences: Sequence[Array], common_fraction: float) -> Array:
+    rows, columns = differences[0].shape
+    count, r = len(differences), min(rows, columns)
+    left = r - math.floor(r * common_fraction)
+    per = min(int(np.rint(left / count)), r // count)
+    s = r - count * per
+    u, sigma, v = nonzero_triplets(sum(differences, np.zeros((rows, columns))))
+    u, sigma, v = u[:, :s], sigma[:s], v[:, :s]
+    if per == 0:
+        return np.sum(sigma) / r * u @ v.T
+    us, vs, energy = [], [], float(np.sum(sigma))
+    for difference in differences:
+        own = nonzero_triplets(difference - u @ u.T @ difference, float(np.linalg.norm(difference)))
+        us.append(own[0][:, :per])
+        energy += float(np.sum(own[1][:per]))
+        vs.append(own[2][:, :per])
+    return energy / r * polar_factor(np.hstack([*us, u])) @ polar_factor(np.hstack([*vs, v])).T
+
+
+def _task_singular_sum(differences: Sequence[Array], common_fraction: float) -> Array:
+    k = max(1, min(differences[0].shape) // len(differences))
+    found = [nonzero_triplets(difference) for difference in differences]
+    u, v = (polar_factor(np.hstack([triplet[place][:, :k] for triplet in found])) for place in (0, 2))
+    return u @ np.diag(np.concatenate([triplet[1][:k] for triplet in found])) @ v.T
+
+
+def _spectral(merge: Callable[[Sequence[Array], float], Array]):  # type: ignore[no-untyped-def]
+    def merged(  # type: ignore[no-untyped-def]
+        base, x, *, scores, weight=1.0, scale=1.0, common_fraction=1.0, decompose=True, matrix_reshape=False
+    ):
+        weights = [float(value) for value in _each(weight, len(x))]
+        if not (decompose and (base.ndim == 2 or (matrix_reshape and base.ndim > 2))):
+            return _from_coefficients(base, x, [scale * value / len(x) for value in weights], 1.0)
+        shape = (base.shape[0], base.size // base.shape[0] if base.size else 0)
+        differences = [value * (model - base).reshape(shape) for value, model in zip(weights, x, strict=True)]
+        change = scale * merge(differences, common_fraction).reshape(base.shape) if base.size else np.zeros(base.shape)
+        # The bar of an entry is ½ ulp + 2⁻³⁴ · root mean square of the change + 2⁻²² |b|.
+        spread = math.sqrt(float(np.mean(change**2))) if base.size else 0.0
+        return Result(base + change, np.abs(base) + 2.0**-12 * spread, {"change": change})
+
+    return merged
+
+
 METHODS: Mapping[str, Callable[..., list[Result]]] = {
     "arcee_fusion": _one_by_one(_arcee_fusion),
     "breadcrumbs": _breadcrumbs(consensus=False),
@@ -845,6 +905,8 @@ METHODS: Mapping[str, Callable[..., list[Result]]] = {
     "della": _della(consensus=True),
     "della_linear": _della(consensus=False),
     "geometric_median": _geometric_median,
+    "iso_c": _one_by_one(_spectral(_isotropic_sum)),
+    "iso_cts": _one_by_one(_spectral(_isotropic_sum)),
     "karcher": _one_by_one(_karcher),
     "linear": _one_by_one(_linear),
     "model_stock": _one_by_one(_model_stock),
@@ -858,6 +920,7 @@ METHODS: Mapping[str, Callable[..., list[Result]]] = {
     "slerp": _one_by_one(_slerp),
     "task_arithmetic": _task_arithmetic,
     "ties": _ties,
+    "tsv_m": _one_by_one(_spectral(_task_singular_sum)),
 }
 """Every method: `(bases, models, names, streams, scores, **parameters)`, lists over tensors, to one result each."""
 

@@ -116,6 +116,17 @@ ROWS = (
     Row("ram", {"epsilon": 0.15}, "ACDFJNO", "BEL", {"epsilon": 0.0}, "BEK"),
     Row("ramplus_tl", {"epsilon": 0.15, "r": 0.4, "alpha": 2.0}, "ACDFJN", "BEL", {"epsilon": 0.0}, "BEK"),
     Row("arcee_fusion", {}, "AO", "DEFN", models=1),
+    # Singular vectors carry more rounding.
+    Row("iso_c", {"scale": 0.9}, "ACDEFJMP", "BLN", tolerance=1e-11),
+    Row("iso_c-images", {"matrix_reshape": True}, "ACDEFJMP", "BLN", tolerance=1e-11),
+    Row("iso_c-mean", {"decompose": False}, "ABCDEFKLMNOP", "J"),
+    Row("iso_cts", {"common_fraction": 0.6, "scale": 0.9}, "ACDEFMP", "BJLN", tolerance=1e-11),
+    Row(
+        "iso_cts-images", {"common_fraction": 1.0, "matrix_reshape": True, "decompose": True}, "ACDEFJMP", "BLN",
+        tolerance=1e-11,
+    ),
+    Row("tsv_m", {"weight": (0.5, 0.9, 0.7), "scale": 0.9}, "ACDEFMPV", "BGLN", {"scale": 1.0}, "K", tolerance=1e-11),
+    Row("tsv_m-images", {"matrix_reshape": True, "decompose": True}, "ACDEFKMP", "BJLN", tolerance=1e-11),
 )  # fmt: skip
 
 
