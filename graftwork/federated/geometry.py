@@ -203,7 +203,6 @@ def compose(
     geometry: Geometry,
     generator: torch.Generator,
     *,
-    own_site: int | None = None,
     mode: Mode = "single",
     target_per_class: int = 200,
     per_prototype: int = 500,
@@ -220,9 +219,8 @@ def compose(
     Args:
         embeddings: The site's own, (n, P).
         labels: Their classes, (n,).
-        geometry: From the server.
+        geometry: From the server, with a count of 0 for the site's own prototypes.
         generator: Chooses anchors.
-        own_site: Row of `geometry.prototypes` that is the site's own.
         mode: One domain, or a domain per site.
         target_per_class: Members of each class around own embeddings.
         per_prototype: Members around each other site's mean.
@@ -246,7 +244,7 @@ def compose(
         others = [
             base + classes + site * classes + label
             for site in range(sites)
-            if site != own_site and geometry.prototype_counts[site, label] > 0
+            if geometry.prototype_counts[site, label] > 0
         ]
         chosen: list[Tensor] = []
         if len(own):

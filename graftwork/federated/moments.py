@@ -139,7 +139,10 @@ def class_moments(
     if form == "lowrank":
         kept = [strongest_directions(rows, rank) for rows in centred]
         return Moments(
-            counts, means, tuple(rows for rows, _ in kept), torch.tensor([left for _, left in kept]).double()
+            counts,
+            means,
+            tuple(rows for rows, _ in kept),
+            torch.tensor([left for _, left in kept], dtype=torch.float64),
         )
     empty = points[:0]
     if form == "tri":
