@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +210,99 @@ def depth_picture(
         head = heading_inches(subtitle, rows=math.ceil(len(labels) / columns))
         place_heading(figure, head, title, subtitle, (handles[::-1], labels[::-1]), columns=columns)
         return save(figure, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One series of a panel.
+
+    Args:
+        label: Its name in the legend; lines of one label have one colour in all panels.
+        points: (x, y), from left to right.
+        single: Further points of the same series that stand for themselves, such as single runs behind their mean.
+    """
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    single: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One pair of axes.
+
+    Args:
+        lines: What is drawn.
+        across: What x is.
+        up: What y is.
+        ticks: x → text; by default matplotlib's.
+        is_share: Whether y is a share, to be written as percent.
+        logarithmic: `x`, `y`, `xy` or nothing.
+        at_zero: Whether y starts at zero.
+    """
+
+    lines: Sequence[Line]
+    across: str
+    up: str
+    ticks: Mapping[float, str] = field(default_factory=dict)
+    is_share: bool = False
+    logarithmic: str = ""
+    at_zero: bool = False
+
+
+def line_picture(panels: Sequence[Panel], path: Path, *, title: str, subtitle: str = "") -> Path:
+    """Draw panels of lines side by side under one legend; return the path. Values that are not finite are left out."""
+    labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
+    if not labels:
+        raise ValueError("a picture needs at least one line")
+    columns = 3 if max(map(len, labels)) > 16 else 4
+    with house_style() as new_figure:
+        head = heading_inches(subtitle, rows=math.ceil(len(labels) / columns) if len(labels) > 1 else 0)
+        width = 6.2 if len(panels) == 1 else 4.4 * len(panels)
+        figure = new_figure(figsize=(width, 3.1 + head), layout="constrained")
+        handles: dict[str, Any] = {}
+        grid = figure.subplots(1, len(panels), squeeze=False)
+        for axes, panel in zip(grid[0], panels, strict=True):
+            for line in panel.lines:
+                handles.setdefault(line.label, _draw_line(axes, line, labels.index(line.label)))
+            _finish_panel(axes, panel)
+        place_heading(figure, head, title, subtitle, ([handles[label] for label in labels], labels), columns=columns)
+        return save(figure, path)
+
+
+def _draw_line(axes: Axes, line: Line, number: int) -> Any:
+    look = marker(number)
+    single = [(x, y) for x, y in line.single if math.isfinite(y)]
+    if single:
+        axes.plot(
+            [x for x, _ in single], [y for _, y in single], linestyle="none", marker=look["marker"], markersize=3.5,
+            color=look["color"], alpha=0.35, markeredgewidth=0, clip_on=False, zorder=2,
+        )  # fmt: skip
+    points = [(x, y if math.isfinite(y) else math.nan) for x, y in line.points]
+    # On a curve of many points the markers only tell it from others, each at its own places.
+    every = max(1, math.ceil(len(points) / 6))
+    (drawn,) = axes.plot(
+        [x for x, _ in points], [y for _, y in points], linewidth=1.6, clip_on=False, zorder=3,
+        markevery=(number % every, every), **look,
+    )  # fmt: skip
+    return drawn
+
+
+def _finish_panel(axes: Axes, panel: Panel) -> None:
+    if "x" in panel.logarithmic:
+        axes.set_xscale("log", base=2)
+    if "y" in panel.logarithmic:
+        axes.set_yscale("log")
+    if panel.ticks:
+        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+        axes.minorticks_off()
+    if panel.at_zero and "y" not in panel.logarithmic:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if axes.dataLim.y0 < 0 else 0.0)
+    if panel.is_share:
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    axes.set_xlabel(panel.across)
+    axes.set_ylabel(panel.up)
+    axes.grid(axis="y", color=GRID, zorder=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from graftwork.merge.errors import DependencyError, OutputError
-from graftwork.merge.pictures import bar_picture, depth_picture
+from graftwork.merge.pictures import Line, Panel, bar_picture, depth_picture, line_picture
 
 ROWS = {f"method {number}": {"clean": 0.9, "turned": 0.5 + number / 100} for number in range(30)}
 CHANGES = {f"layers.{layer}.{kind}": 0.01 * (layer + 1) for layer in range(4) for kind in ("up.weight", "down.weight")}
@@ -75,3 +75,27 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DependencyError, match=r'pip install "graftwork\[demo\]"'):
         bar_picture(ROWS, tmp_path / "a.png", title="A")
+
+
+PANEL = Panel([Line("naive", [(0, 0.1), (0.5, 3.0), (1, 0.2)]), Line("aligned", [(0, 0.1), (1, 0.2)])], "λ", "loss")
+
+
+def test_panels_stand_side_by_side(tmp_path: Path) -> None:
+    one = size(line_picture([PANEL], tmp_path / "one.png", title="One"))
+    two = size(line_picture([PANEL, PANEL], tmp_path / "two.png", title="Two", subtitle="of them"))
+    assert two[0] > 1.3 * one[0]
+    assert one[1] <= two[1] < 1.2 * one[1]
+
+
+def test_lines_of_one_run_are_drawn_behind_their_mean_and_infinite_values_are_not(tmp_path: Path) -> None:
+    points = [(128.0, 0.5), (256.0, 0.01), (512.0, math.inf), (1024.0, math.nan)]
+    plain = Panel([Line("a", points)], "width", "barrier", logarithmic="xy", ticks={128: "128", 512: "512"})
+    runs = Panel([Line("a", points, single=[(128, 0.6), (256, math.nan)])], "width", "barrier", logarithmic="xy",
+                 ticks=plain.ticks)  # fmt: skip
+    drawn = [line_picture([panel], tmp_path / "a.png", title="A").read_bytes() for panel in (plain, runs, runs)]
+    assert drawn[0] != drawn[1] == drawn[2]
+
+
+def test_a_picture_without_lines_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one line"):
+        line_picture([Panel([], "x", "y", is_share=True, at_zero=True)], tmp_path / "a.png", title="A")
