@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 import tempfile
@@ -275,6 +276,17 @@ def _narrow(value: Any) -> Any:
 @overload(vocabulary.wide, strict=False)
 def _wide(value: Any) -> Any:
     return lambda value: types.float64(value)
+
+
+@overload(vocabulary.log, strict=False)
+def _log(value: Any) -> Any:
+    return lambda value: math.log(value)
+
+
+@overload(vocabulary.sigmoid, strict=False)
+def _sigmoid(value: Any) -> Any:
+    kind = value
+    return lambda value: kind(1) / (kind(1) + math.exp(-value))
 
 
 @overload(vocabulary.distance, strict=False)

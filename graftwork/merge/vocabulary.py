@@ -62,6 +62,16 @@ def wide(value: Value) -> Value:
     return value.double()
 
 
+def log(value: Value) -> Value:
+    """Return the natural logarithm."""
+    return value.log()
+
+
+def sigmoid(value: Value) -> Value:
+    """Return 1 / (1 + exp(-value))."""
+    return value.sigmoid()
+
+
 def distance(value: Value, base: Value, like: Value) -> Value:
     """Return |value - base| as a float32 or float64, whichever `like` is, rounded once."""
     import torch
