@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "fedavg": "fedavg.FedAvg",
+    "fedka": "fedka.FedKA",
+    "fraug": "fraug.FRAug",
+    "ggeur": "ggeur.GGEUR",
 }
 """Name → file and class."""
 
