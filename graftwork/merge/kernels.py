@@ -283,6 +283,16 @@ def _log(value: Any) -> Any:
     return lambda value: math.log(value)
 
 
+@overload(vocabulary.exp, strict=False)
+def _exp(value: Any) -> Any:
+    return lambda value: math.exp(value)
+
+
+@overload(vocabulary.tanh, strict=False)
+def _tanh(value: Any) -> Any:
+    return lambda value: math.tanh(value)
+
+
 @overload(vocabulary.sigmoid, strict=False)
 def _sigmoid(value: Any) -> Any:
     kind = value

@@ -67,6 +67,16 @@ def log(value: Value) -> Value:
     return value.log()
 
 
+def exp(value: Value) -> Value:
+    """Return e to the power of the value."""
+    return value.exp()
+
+
+def tanh(value: Value) -> Value:
+    """Return the hyperbolic tangent."""
+    return value.tanh()
+
+
 def sigmoid(value: Value) -> Value:
     """Return 1 / (1 + exp(-value))."""
     return value.sigmoid()
