@@ -214,10 +214,13 @@ class Goal:
 
 
 def statistics_of(values: Tensor, axis: int) -> Statistics:
-    """Return the moments of each index of `axis`; two passes in float64."""
-    rows = values.detach().double().movedim(axis, 0).flatten(1)
-    mean = rows.mean(dim=1)
-    return Statistics(rows.shape[1], mean, (rows - mean[:, None]).square().sum(dim=1))
+    """Return the moments of each index of `axis`, in float64."""
+    import torch
+
+    others = [number for number in range(values.ndim) if number != axis % values.ndim]
+    variance, mean = torch.var_mean(values.detach().double(), dim=others, correction=0)
+    count = values.numel() // values.shape[axis]
+    return Statistics(count, mean, variance * count)
 
 
 def _mixed(shares: Sequence[float], values: Sequence[Tensor]) -> Tensor:
