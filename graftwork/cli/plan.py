@@ -90,8 +90,9 @@ def plan_record(plan: Plan, threads: int | None) -> Record:
                 "tensors": len(checkpoint.tensors),
                 "bytes": sum(entry.size for entry in checkpoint.tensors.values()),
             }
+            # Files of what was measured or learned come after the models, and have no reference.
             for number, (label, checkpoint, reference) in enumerate(
-                zip(plan.labels, plan.checkpoints, _references(plan), strict=True)
+                zip(plan.labels, plan.checkpoints, _references(plan), strict=False)
             )
         ],
         "tensors": {"merged": len(merged), "copied": len(copied), "dropped": len(plan.dropped)},
