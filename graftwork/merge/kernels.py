@@ -560,6 +560,22 @@ def encode(values: Any, words: Any) -> int:
     return 2 if bad else 0
 
 
+@cached
+def add_product(values: Any, left: Any, right: Any, start: int, columns: int) -> None:
+    """Add elements from `start` on of the flattened product left (rows, r) · right (r, columns) to float64 values.
+
+    Terms are added in the order of r, so an entry does not depend on the range that is asked for.
+    """
+    stop = start + values.size
+    for row in range(start // columns, (stop + columns - 1) // columns):
+        low = max(start, row * columns)
+        high = min(stop, (row + 1) * columns)
+        for term in range(right.shape[0]):
+            factor = types.float64(left[row, term])
+            for position in range(low, high):
+                values[position - start] += factor * right[term, position - row * columns]
+
+
 # ---------------------------------------------------------------- kernels made from a formula
 
 _KERNEL = """

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from graftwork.merge import dtypes, lineage
+from graftwork.merge.adapter import open_adapted
 from graftwork.merge.checkpoint import BLOCK, Checkpoint, TensorEntry
 from graftwork.merge.companions import Beside, Files, check_parent, companions_of, opened
 from graftwork.merge.engine import HOLD_BYTES, SPAN, WINDOW_BITS, Input, Step
@@ -307,7 +308,12 @@ class _Planner:
                 continue
             try:
                 what = f"the input {_key_path(recipe, reference)}"
-                self.checkpoints.append(Checkpoint.open(path, allow_pickle=options.allow_pickle, what=what))
+                opened_one = Checkpoint.open(path, allow_pickle=options.allow_pickle, what=what)
+                self.checkpoints.append(opened_one)
+                if reference.adapter is not None and reference.adapter.path is not None:
+                    self.checkpoints[-1] = open_adapted(
+                        opened_one, reference.adapter.path, what=what, allow_pickle=options.allow_pickle
+                    )
             except CheckpointError as error:
                 problems.extend(error.problems)
         if problems:
@@ -608,7 +614,9 @@ class _Planner:
 
     def _tie_word_embeddings(self) -> bool | None:
         """Return what the output's configuration must say of its head, or None to leave what it says."""
-        donor = _tie_flag(self.checkpoints[self.places[self.recipe.donor]].config or {})
+        file = self.checkpoints[self.places[self.recipe.donor]]
+        text = None if file.folder is None or file.config is None else (file.folder / "config.json").read_bytes()
+        donor = _tie_flag(json.loads(text) if text is not None else {})
         heads = [step for step in self.steps if _is_head(step.name)]
         if heads:
             return None if donor is not True or all(map(self._is_tied_head, heads)) else False
@@ -1017,7 +1025,7 @@ def _about(names: Sequence[str]) -> str:
 
 def _labels(references: Sequence[ModelReference]) -> list[str]:
     """Return short names of the inputs: the last part of a path, or more of it where that is not enough."""
-    parts = [Path(reference.step or reference.text.rstrip("/")).parts or (reference.text,) for reference in references]
+    parts = [_label_parts(reference) for reference in references]
     resolved = [
         (reference.path.parts if reference.path is not None and parts[number][-1] in {".", ".."} else parts[number])
         for number, reference in enumerate(references)
@@ -1027,6 +1035,13 @@ def _labels(references: Sequence[ModelReference]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     return [f"{label}#{number}" for number, label in enumerate(labels)]
+
+
+def _label_parts(reference: ModelReference) -> tuple[str, ...]:
+    """Return the parts of a label, of which the last ones are shown; a model and its adapter are one part."""
+    base, plus, adapter = reference.text.rstrip("/").partition("+") if reference.adapter else (reference.text, "", "")
+    parts = Path(reference.step or base.rstrip("/")).parts or (base,)
+    return (*parts[:-1], f"{parts[-1]}{plus}{Path(adapter).name}")
 
 
 def _key_path(recipe: Recipe, reference: ModelReference) -> str:

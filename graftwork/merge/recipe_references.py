@@ -103,7 +103,11 @@ class References:
             return self._local(text, whole, path)
         halves = text.split("+")
         if len(halves) > 2:
-            self.report.problem(path, f"{shown_reference(text)} has more than one `+`; a model takes one adapter")
+            self.report.problem(
+                path,
+                f"{shown_reference(text)} has more than one `+`; a model takes one adapter: list `base+first` and "
+                "`base+second` as two models",
+            )
             return None
         parts = [self._half(half, text, path) for half in halves]
         if None in parts:
@@ -111,9 +115,6 @@ class References:
         model = parts[0]
         if model is None or len(parts) == 1:
             return model
-        self.report.problem(
-            path, f"not yet: LoRA adapters are not supported ({shown_reference(text)}); merge it into its base"
-        )
         return ModelReference(text, model.path, model.hub, model.revision, parts[1], model.step)
 
     def _half(self, half: str, text: str, path: str) -> ModelReference | None:
@@ -188,8 +189,8 @@ class References:
         if base is not None:
             self.report.problem(
                 path,
-                f"{shown_reference(text)} holds only a LoRA adapter over {show(base)}; not yet: adapters are not "
-                "supported; merge it into its base",
+                f"{shown_reference(text)} holds only a LoRA adapter over {show(base)}; write the base before it: "
+                f"{show(f'BASE+{text}')}",
             )
         return ModelReference(text, real)
 

@@ -159,7 +159,9 @@ def check_places(file: RecipeFile, target: Path, settings: Settings) -> list[Pat
     Raises:
         OutputError: A place is not free, and is nothing that may be replaced.
     """
-    inputs = [reference.path for item in file.recipes for reference in item.inputs if reference.path is not None]
+    named = [reference for item in file.recipes for reference in item.inputs]
+    named += [reference.adapter for reference in named if reference.adapter is not None]
+    inputs = [reference.path for reference in named if reference.path is not None]
     if len(file.recipes) == 1:
         check_output(target, force=settings.force, inputs=inputs)
         return [target]

@@ -452,7 +452,6 @@ def test_a_folder_beside_the_recipe_is_found(models):
     [
         ("org/name", "not yet: "),
         ("gpt2@main", "not yet: "),
-        ("A+C", "not yet: LoRA"),
         ("A+C+Z", "more than one `+`"),
         ("a@b@c", "more than one `@`"),
         ("A@main", '"A" is local; a revision is for repositories of the hub'),
@@ -465,7 +464,6 @@ def test_a_folder_beside_the_recipe_is_found(models):
         ("123", 'put it in quotes: "123"'),
         ("[A]", "must be the text that names a model"),
         ("{model: {path: A, revision: x}}", "is local; a revision"),
-        ("{model: A, lora: {path: C}}", "not yet: LoRA"),
         ("{path: A}", "must be a text, or a mapping"),
     ],
 )

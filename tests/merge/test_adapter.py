@@ -1,0 +1,254 @@
+"""LoRA adapters over their base, against float64 arithmetic on whole matrices."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from graftwork.merge import load_recipe, make_plan, merge
+from graftwork.merge.adapter import open_adapted
+from graftwork.merge.checkpoint import Checkpoint, load_numpy
+from graftwork.merge.errors import CheckpointError, RecipeError
+
+RANK = 3
+SHAPES = {
+    "model.embed_tokens.weight": (11, 8),
+    "model.layers.0.q_proj.weight": (8, 8),
+    "model.layers.0.up.weight": (16, 8),
+    "model.layers.0.up.bias": (16,),
+    "model.layers.1.q_proj.weight": (8, 8),
+    "model.conv.weight": (6, 4, 3, 3),
+    "model.norm.weight": (8,),
+    "lm_head.weight": (11, 8),
+}
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A model folder in bfloat16."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    tensors = {name: random(number, *shape).bfloat16() for number, (name, shape) in enumerate(SHAPES.items())}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
+    return folder
+
+
+def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "base_model_name_or_path": "org/base", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    prefixed = {f"base_model.model.{name}": value.contiguous() for name, value in tensors.items()}
+    save_file(prefixed, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+def factors(module: str, rows: int, columns: int, *, rank: int = RANK, seed: int = 50) -> dict[str, torch.Tensor]:
+    return {
+        f"{module}.lora_A.weight": random(seed, rank, columns),
+        f"{module}.lora_B.weight": random(seed + 1, rows, rank),
+    }
+
+
+def effective(base: Path, folder: Path) -> dict[str, np.ndarray]:
+    with open_adapted(Checkpoint.open(base), folder) as checkpoint:
+        return load_numpy(checkpoint)
+
+
+def plain(base: Path) -> dict[str, np.ndarray]:
+    with Checkpoint.open(base) as checkpoint:
+        return {name: values.astype(np.float64) for name, values in load_numpy(checkpoint).items()}
+
+
+def near(found: np.ndarray, wanted: np.ndarray) -> bool:
+    """Say whether values are the float64 ones rounded once to float32."""
+    return found.dtype == np.float32 and np.array_equal(found, wanted.astype(np.float32))
+
+
+def test_a_linear_layer_is_w_plus_scaled_b_a(base: Path, tmp_path: Path) -> None:
+    tensors = factors("model.layers.0.up", 16, 8)
+    found = effective(base, adapter(tmp_path / "a", tensors))
+    a, b = (value.double().numpy() for value in tensors.values())
+    wanted = plain(base)["model.layers.0.up.weight"] + 2.0 * (b @ a)
+    assert np.abs(found["model.layers.0.up.weight"] - wanted).max() <= np.abs(wanted).max() * 2.0**-24
+    untouched = set(SHAPES) - {"model.layers.0.up.weight"}
+    assert all(np.array_equal(found[name], plain(base)[name]) for name in untouched)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, 2.0),
+        ({"use_rslora": True}, 6 / 3**0.5),
+        ({"alpha_pattern": {"up": 9}}, 3.0),
+        ({"alpha_pattern": {"q_proj": 9, r"layers\.\d\.up": 12, "up": 1}}, 4.0),
+    ],
+)
+def test_the_scale_follows_the_configuration(base: Path, tmp_path: Path, config: dict[str, Any], scale: float) -> None:
+    tensors = factors("model.layers.0.up", 16, 8)
+    found = effective(base, adapter(tmp_path / "a", tensors, **config))["model.layers.0.up.weight"]
+    a, b = (value.double().numpy() for value in tensors.values())
+    wanted = plain(base)["model.layers.0.up.weight"] + scale * (b @ a)
+    assert np.abs(found - wanted).max() < 1e-6
+
+
+def test_modules_may_have_ranks_of_their_own(base: Path, tmp_path: Path) -> None:
+    tensors = {**factors("model.layers.0.up", 16, 8, rank=2), **factors("model.layers.1.q_proj", 8, 8, seed=60)}
+    found = effective(base, adapter(tmp_path / "a", tensors, rank_pattern={"up": 2}))
+    a, b = (value.double().numpy() for value in list(tensors.values())[:2])
+    wanted = plain(base)["model.layers.0.up.weight"] + 3.0 * (b @ a)
+    assert np.abs(found["model.layers.0.up.weight"] - wanted).max() < 1e-6
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_transposed_layers(tmp_path: Path, flag: bool) -> None:
+    save_file({"c_fc.weight": random(0, 8, 16)}, tmp_path / "base.safetensors")
+    tensors = factors("c_fc", 16, 8)
+    found = effective(tmp_path / "base.safetensors", adapter(tmp_path / "a", tensors, fan_in_fan_out=flag))
+    a, b = (value.double().numpy() for value in tensors.values())
+    wanted = random(0, 8, 16).double().numpy() + 2.0 * (b @ a).T
+    assert np.abs(found["c_fc.weight"] - wanted).max() < 1e-6
+
+
+def test_embeddings_convolutions_biases_and_saved_modules(base: Path, tmp_path: Path) -> None:
+    tensors = {
+        "model.embed_tokens.lora_embedding_A": random(1, RANK, 11),
+        "model.embed_tokens.lora_embedding_B": random(2, 8, RANK),
+        "model.conv.lora_A.weight": random(3, RANK, 4, 3, 3),
+        "model.conv.lora_B.weight": random(4, 6, RANK, 1, 1),
+        "model.layers.0.up.lora_B.bias": random(5, 16),
+        "model.norm.weight": random(6, 8),
+        "lm_head.modules_to_save.default.weight": random(7, 11, 8),
+        **factors("model.layers.0.up", 16, 8),
+    }
+    found = effective(base, adapter(tmp_path / "a", tensors))
+    old = plain(base)
+    wide = {name: value.double().numpy() for name, value in tensors.items()}
+    embedding = wide["model.embed_tokens.lora_embedding_B"] @ wide["model.embed_tokens.lora_embedding_A"]
+    conv = wide["model.conv.lora_B.weight"].reshape(6, -1) @ wide["model.conv.lora_A.weight"].reshape(RANK, -1)
+    assert np.abs(found["model.embed_tokens.weight"] - old["model.embed_tokens.weight"] - 2 * embedding.T).max() < 1e-6
+    assert np.abs(found["model.conv.weight"] - old["model.conv.weight"] - 2 * conv.reshape(6, 4, 3, 3)).max() < 2e-6
+    bias = old["model.layers.0.up.bias"] + 2 * wide["model.layers.0.up.lora_B.bias"]
+    assert np.abs(found["model.layers.0.up.bias"] - bias).max() < 1e-6
+    assert near(found["model.norm.weight"], wide["model.norm.weight"])
+    assert near(found["lm_head.weight"], wide["lm_head.modules_to_save.default.weight"])
+
+
+def test_any_range_has_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", factors("model.layers.0.up", 16, 8))
+    with open_adapted(Checkpoint.open(base), folder) as checkpoint:
+        name = "model.layers.0.up.weight"
+        entry, whole = checkpoint.tensors[name], bytes(checkpoint.read(name))
+        for offset, size in [(0, 4), (4, 60), (30, 3), (100, 300), (511, 1), (1, 511)]:
+            part = bytearray(size)
+            checkpoint.read_into(entry, offset, memoryview(part))
+            assert bytes(part) == whole[offset : offset + size]
+
+
+def test_several_adapters_of_one_base_are_merged_without_writing_them(base: Path, tmp_path: Path) -> None:
+    tensors = [factors("model.layers.0.up", 16, 8, seed=seed) for seed in (50, 60)]
+    for name, one in zip("ab", tensors, strict=True):
+        adapter(tmp_path / name, one)
+    (tmp_path / "recipe.yml").write_text(
+        "merge_method: linear\ndtype: float32\nparameters: {weight: 0.5}\n"
+        f"models: [{{model: {base}+{tmp_path}/a}}, {{model: {base}+{tmp_path}/b}}]\n"
+    )
+    result = merge(tmp_path / "recipe.yml", tmp_path / "out", threads=2)
+    assert result.plan.labels == ["base+a", "base+b"]
+    with Checkpoint.open(tmp_path / "out") as out:
+        found = load_numpy(out)["model.layers.0.up.weight"]
+    deltas = [b.double().numpy() @ a.double().numpy() for a, b in (one.values() for one in tensors)]
+    assert np.abs(found - plain(base)["model.layers.0.up.weight"] - sum(deltas)).max() < 1e-6
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "a", "b", "recipe.yml", "out"}
+
+
+def test_an_adapter_on_one_of_two_tied_tensors_unties_them(base: Path, tmp_path: Path) -> None:
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True}))
+    tensors = {
+        name: random(n, *shape).bfloat16() for n, (name, shape) in enumerate(SHAPES.items()) if "head" not in name
+    }
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    on_head = factors("lm_head", 11, 8)
+    adapter(tmp_path / "a", on_head)
+    (tmp_path / "recipe.yml").write_text(
+        f"merge_method: passthrough\ndtype: float32\nmodels: [{{model: {base}+{tmp_path}/a}}]"
+    )
+    result = merge(tmp_path / "recipe.yml", tmp_path / "out")
+    assert any("changes only the head, which the base ties" in warning for warning in result.plan.warnings)
+    with Checkpoint.open(tmp_path / "out") as out:
+        found = load_numpy(out)
+        assert out.config is not None
+        assert out.config["tie_word_embeddings"] is False
+    old = tensors["model.embed_tokens.weight"].double().numpy()
+    a, b = (value.double().numpy() for value in on_head.values())
+    assert np.array_equal(found["model.embed_tokens.weight"], old)
+    assert np.abs(found["lm_head.weight"] - old - 2 * (b @ a)).max() < 1e-6
+
+
+REFUSED = [
+    ({"peft_type": "IA3"}, {}, 'peft_type is "IA3"'),
+    ({"use_dora": True}, {}, "use_dora"),
+    ({}, {"model.layers.0.up.lora_magnitude_vector": torch.ones(16)}, "DoRA"),
+    ({"init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights"),
+    ({"layer_replication": [[0, 2]]}, {}, "layer_replication"),
+    ({"trainable_token_indices": [3]}, {}, "trainable_token_indices"),
+    ({"r": 5}, {}, "rank 5"),
+    ({"r": "x"}, {}, "r of .* must be a positive number"),
+    ({}, {"model.layers.0.down.lora_A.weight": torch.ones(RANK, 8)}, "the base has no such tensor"),
+    ({}, {"model.layers.1.q_proj.lora_A.weight": torch.ones(RANK, 8)}, "only one of the two factors"),
+    ({}, {"model.layers.0.up.lora_C.weight": torch.ones(2)}, "it is not known what"),
+    ({}, {"model.norm.weight": torch.ones(9)}, r"shape \[9\]"),
+    ({}, factors("model.layers.1.q_proj", 7, 8), r"\[7, 8\].* base is \[8, 8\]"),
+    ({}, {"model.layers.0.up.lora_B.bias": torch.full((16,), torch.nan)}, "NaN or infinities"),
+]
+
+
+@pytest.mark.parametrize(("config", "more", "message"), REFUSED)
+def test_what_is_no_sum_of_matrices_is_refused(
+    base: Path, tmp_path: Path, config: dict[str, Any], more: dict[str, torch.Tensor], message: str
+) -> None:
+    folder = adapter(tmp_path / "a", {**factors("model.layers.0.up", 16, 8), **more}, **config)
+    with pytest.raises(CheckpointError, match=message) as caught, Checkpoint.open(base) as model:
+        open_adapted(model, folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chain_of_adapters_is_declined_with_what_to_do(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: {base}+a+b}}]")
+    with pytest.raises(RecipeError, match="as two models"):
+        load_recipe(tmp_path / "recipe.yml")
+
+
+def test_another_base_than_the_adapter_names_is_a_warning(base: Path, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", factors("model.layers.0.up", 16, 8), base_model_name_or_path="org/other-7b")
+    (tmp_path / "recipe.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: {base}+{folder}}}]")
+    plan = make_plan(load_recipe(tmp_path / "recipe.yml").recipes[0])
+    plan.close()
+    assert any('says that its base is "other-7b", not "base"' in warning for warning in plan.warnings)
+
+
+def test_threads_may_read_at_once(base: Path, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", factors("model.layers.0.up", 16, 8))
+    with open_adapted(Checkpoint.open(base), folder) as checkpoint:
+        wanted = bytes(checkpoint.read("model.layers.0.up.weight"))
+        found: list[bytes] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(bytes(checkpoint.read("model.layers.0.up.weight"))))
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [wanted] * 8
