@@ -194,7 +194,7 @@ class PermutationSpec:
             if name not in shapes:
                 if not self._has_twin(name, shapes):
                     problems.append(
-                        f"{doing}: it names the tensor {quoted(name)}, which {what} lacks{did_you_mean(name, shapes)}"
+                        f"{doing}: it lacks the tensor {quoted(name)}, which the spec names{did_you_mean(name, shapes)}"
                     )
                 continue
             present[name] = tensor
@@ -210,7 +210,7 @@ class PermutationSpec:
                 if wanted is not None and wanted != length:
                     problems.append(
                         f"{doing}: {quoted(name)} axis {number} has {length} entries, "
-                        f"but {self._describe(axis)} has {wanted}; is this another architecture?"
+                        f"but {self._describe(axis)}; is this another architecture?"
                     )
         for name, lengths in shapes.items():
             if name not in self.tensors and math.prod(lengths) > 1:
@@ -231,10 +231,12 @@ class PermutationSpec:
         return any(other in shapes for other in names - {name})
 
     def _describe(self, axis: Axis) -> str:
-        text = json.dumps(_axis_json(axis), ensure_ascii=False)
-        groups = dict.fromkeys(factor for part in axis or () for factor in part if isinstance(factor, str))
-        sizes = ", ".join(f"{quoted(name)} of {self.groups[name].size}" for name in groups)
-        return f"its form {text}" + (f" (group {sizes})" if sizes else "")
+        names = dict.fromkeys(factor for part in axis or () for factor in part if isinstance(factor, str))
+        sizes = ", ".join(f"{quoted(name)} has {self.groups[name].size}" for name in names)
+        form = _axis_json(axis)
+        if isinstance(form, str):
+            return f"its group {sizes}"
+        return f"its form {json.dumps(form)} has {self.axis_length(axis)}" + (f" (group {sizes})" if sizes else "")
 
     # ------------------------------------------------------------ JSON
 
