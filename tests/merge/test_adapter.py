@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from graftwork.merge import load_recipe, make_plan, merge
@@ -252,3 +253,34 @@ def test_threads_may_read_at_once(base: Path, tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
     assert found == [wanted] * 8
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "peft.safetensors"
+
+
+def golden_cases() -> list[str]:
+    with safe_open(GOLDEN, "pt") as file:
+        return sorted(json.loads(file.metadata()["configs"]))
+
+
+@pytest.mark.parametrize("case", golden_cases())
+def test_effective_weights_are_those_that_peft_merges(tmp_path: Path, case: str) -> None:
+    with safe_open(GOLDEN, "pt") as file:
+        parts: dict[str, dict[str, torch.Tensor]] = {"base": {}, "adapter": {}, "merged": {}}
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            label, part, name = key.split(".", 2)
+            if label == case:
+                parts[part][name] = file.get_tensor(key)
+        config = json.loads(file.metadata()["configs"])[case]
+    save_file(parts["base"], tmp_path / "base.safetensors")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text(config)
+    save_file(parts["adapter"], tmp_path / "a" / "adapter_model.safetensors")
+    found = effective(tmp_path / "base.safetensors", tmp_path / "a")
+    assert found.keys() == parts["merged"].keys()
+    changed = 0
+    for name, values in found.items():
+        merged = parts["merged"][name].numpy()
+        assert np.all(np.abs(values - merged) <= 1.2e-7 * np.maximum(1, np.abs(merged)))
+        changed += not np.array_equal(values, parts["base"][name].numpy())
+    assert changed
