@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from graftwork.cli.barrier import barrier, lmc
 from graftwork.cli.demonstration import demo
 from graftwork.cli.difference import diff
 from graftwork.cli.evaluate import evaluate
@@ -44,7 +45,7 @@ def _options(
     pass
 
 
-for command in (merge, inspect, diff, methods, evaluate, verify, schema, demo):
+for command in (merge, inspect, diff, methods, evaluate, barrier, lmc, verify, schema, demo):
     app.command()(command)
 
 

@@ -337,7 +337,6 @@ class Calibrated:
     Args:
         model: Which model.
         split: The data on which it was judged.
-        fitted_on: The data on which the temperature was fitted.
         temperature: By what logits are divided.
         loss: The loss with logits as they are.
         calibrated: The loss with logits divided by the temperature.
@@ -345,7 +344,6 @@ class Calibrated:
 
     model: str
     split: Split
-    fitted_on: Split
     temperature: float
     loss: float
     calibrated: float
@@ -357,26 +355,30 @@ def calibrate(
     """Return each model's cross-entropy with one temperature, fitted on the validation data (Guo et al. 2017, § 4.2).
 
     A mean of weights has smaller logits than its parents; without calibration its loss is judged by their size as much
-    as by their order. A task without validation data is fitted on its training data.
+    as by their order.
 
     Raises:
-        TaskError: The task has a loss of its own, or labels that are not classes; or it fails.
+        TaskError: The task has no validation data, a loss of its own, or labels that are not classes; or it fails.
     """
     if task.loss is not None:
         raise TaskError(
             f"cannot calibrate on task {quoted(task.name)}: it has a loss of its own, and a temperature goes with "
             "cross-entropy"
         )
+    if task.validation is None:
+        raise TaskError(
+            f"cannot calibrate on task {quoted(task.name)}: it has no validation data, and on data that a network has "
+            "learned by heart no temperature is low enough; give the task `validation`"
+        )
     results = []
     for name, tensors in models.items():
-        fitted_on, logits, labels = _logits(task, tensors, name, "validation", device)
+        _, logits, labels = _logits(task, tensors, name, "validation", device)
         temperature = fit_temperature(logits, labels)
         judged_on, logits, labels = _logits(task, tensors, name, split, device)
         results.append(
             Calibrated(
                 name,
                 judged_on,
-                fitted_on,
                 temperature,
                 cross_entropy(logits, labels),
                 cross_entropy(logits / temperature, labels),

@@ -77,12 +77,14 @@ def check_alike(models: Sequence[Model], labels: Sequence[str] | None = None) ->
             if alone:
                 problems.append(f"{doing}: only {quoted(in_one)} has {listed(alone)}; is {quoted(in_other)} another "
                                 "architecture?")  # fmt: skip
-        for name, tensor in models[0].items():
-            if name in model and model[name].shape != tensor.shape:
-                problems.append(
-                    f"{doing}: {quoted(name)} has shape {list(tensor.shape)} and {list(model[name].shape)}; "
-                    "they need one architecture and width"
-                )
+        differing = [name for name in models[0] if name in model and model[name].shape != models[0][name].shape]
+        if differing:
+            first = differing[0]
+            more = f" ({len(differing) - 1} others differ, too)" if len(differing) > 1 else ""
+            problems.append(
+                f"{doing}: {quoted(first)} has shape {list(models[0][first].shape)} in {quoted(named[0])} and "
+                f"{list(model[first].shape)} in {quoted(label)}{more}; they need one architecture and width"
+            )
     if problems:
         raise MismatchError(*problems)
 

@@ -193,7 +193,7 @@ def test_tied_names_count_once() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "error", "message"),
     [
-        (network(1), {**network(2), "0.weight": torch.ones(13, 7)}, MismatchError, r"\[12, 7\] and \[13, 7\]"),
+        (network(1), {**network(2), "0.weight": torch.ones(13, 7)}, MismatchError, r'\[12, 7\] in "A" and \[13, 7\] in "B"'),
         (network(1), {**network(2), "extra": torch.ones(3)}, MismatchError, 'only "B" has "extra"'),
         (network(1), {**network(2), "2.bias": torch.full((3,), math.nan)}, DataError, 'measure "B": .* "2.bias"'),
         ({"x": torch.ones(2)}, {"x": torch.ones(2)}, MismatchError, "counts none of their tensors"),
@@ -264,7 +264,7 @@ def test_calibration_is_fitted_on_validation_and_judged_on_test() -> None:
     models = {"a": {"scale": torch.tensor([1.0])}, "half": {"scale": torch.tensor([0.5])}}
     first, second = calibrate(task, models)
     temperature = 2 / math.log(0.7 / 0.3)
-    assert (first.model, first.split, first.fitted_on) == ("a", "test", "validation")
+    assert (first.model, first.split) == ("a", "test")
     assert first.temperature == pytest.approx(temperature)
     assert first.loss == pytest.approx(math.log(math.e**2 + 1) - 0.8 * 2)
     assert first.calibrated == pytest.approx(-0.8 * math.log(0.7) - 0.2 * math.log(0.3))
@@ -276,19 +276,24 @@ def test_calibration_is_fitted_on_validation_and_judged_on_test() -> None:
 def test_tokens_are_examples_and_ignored_labels_are_not() -> None:
     logits = torch.tensor([[2.0] * 12, [0.0] * 12])[None]  # (1, classes, tokens)
     labels = torch.tensor([[0] * 7 + [1] * 3 + [-100] * 2])
-    (found,) = calibrate(Task("text", Logits, batches=lambda: [(logits, labels)]), {"a": Logits().state_dict()})
+    task = Task("text", Logits, batches=list, validation=lambda: [(logits, labels)])
+    (found,) = calibrate(task, {"a": Logits().state_dict()})
     assert found.temperature == pytest.approx(2 / math.log(0.7 / 0.3))
-    assert (found.fitted_on, found.split) == ("train", "train")
+    assert found.split == "validation"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"loss": lambda logits, labels: logits.mean()}, "it has a loss of its own"),
-        ({"batches": lambda: [(torch.ones(2, 2), torch.ones(2, 2))]}, "labels of its train split are not classes"),
-        ({"batches": lambda: [(torch.ones(2, 2), None)]}, "labels of its train split are not classes"),
-        ({"batches": lambda: [(torch.ones(2, 2), torch.tensor([0, 5]))]}, "IndexError"),
-        ({"batches": list}, "its train split is empty"),
+        (
+            {"validation": lambda: [(torch.ones(2, 2), torch.ones(2, 2))]},
+            "labels of its validation split are not classes",
+        ),
+        ({"validation": lambda: [(torch.ones(2, 2), None)]}, "labels of its validation split are not classes"),
+        ({"validation": lambda: [(torch.ones(2, 2), torch.tensor([0, 5]))]}, "IndexError"),
+        ({"validation": list}, "its validation split is empty"),
+        ({}, "it has no validation data"),
     ],
 )
 def test_what_cannot_be_calibrated_is_one_line(changes: dict[str, Any], message: str) -> None:
