@@ -12,6 +12,7 @@ from graftwork.cli.demonstration import demo
 from graftwork.cli.difference import diff
 from graftwork.cli.evaluate import evaluate
 from graftwork.cli.inspect import inspect
+from graftwork.cli.masks import masks
 from graftwork.cli.merge import merge
 from graftwork.cli.methods import methods, schema
 from graftwork.cli.verify import verify
@@ -45,7 +46,7 @@ def _options(
     pass
 
 
-for command in (merge, inspect, diff, methods, evaluate, barrier, lmc, verify, schema, demo):
+for command in (merge, inspect, diff, methods, evaluate, barrier, lmc, masks, verify, schema, demo):
     app.command()(command)
 
 
