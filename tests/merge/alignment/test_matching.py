@@ -1,7 +1,8 @@
-"""Matching weights: re-ordered copies are found bit for bit, steps only rise, and nothing depends on chance or threads."""
+"""Matching weights: re-ordered copies are found bit for bit, steps only rise, nothing depends on chance or threads."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +56,7 @@ def spec_of(tensors: dict[str, tuple[Axis, ...]], model: Model, **within: str) -
 def mlp(seed: int, sizes: tuple[int, ...] = (12, 30, 24, 20, 5)) -> tuple[Model, PermutationSpec]:
     draw = normal(torch.Generator().manual_seed(seed))
     model = {}
-    for layer, (entering, leaving) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for layer, (entering, leaving) in enumerate(itertools.pairwise(sizes)):
         model[f"fc{layer}.weight"] = draw(leaving, entering) / entering**0.5
         model[f"fc{layer}.bias"] = 0.1 * draw(leaving)
     return model, family_spec(shapes_of(model))
@@ -66,7 +67,7 @@ def convolutional(seed: int) -> tuple[Model, PermutationSpec]:
     draw = normal(torch.Generator().manual_seed(seed))
     model: Model = {}
     widths = (3, 8, 16, 16)
-    for number, (entering, leaving) in enumerate(zip(widths, widths[1:], strict=False)):
+    for number, (entering, leaving) in enumerate(itertools.pairwise(widths)):
         model[f"features.{3 * number}.weight"] = draw(leaving, entering, 3, 3) / (9 * entering) ** 0.5
         model[f"features.{3 * number}.bias"] = 0.1 * draw(leaving)
         norm_of(model, f"features.{3 * number + 1}", leaving, draw)
