@@ -1,6 +1,7 @@
 """Alignment of independently trained networks, measured: barriers by width, BatchNorm, LeNets, three models.
 
-    OMP_NUM_THREADS=1 python benchmarks/alignment.py WORK [widths batchnorm lenets many] [--widths 128 256 …] [--pairs 5]
+    OMP_NUM_THREADS=1 python benchmarks/alignment.py WORK [widths batchnorm lenets many]
+        [--widths 128 256 512 1024 2048] [--pairs 5] [--data FOLDER]
 
 Networks are trained on scikit-learn's handwritten digits (1,437 to train, 360 to test; no downloads) with one thread
 and kept in `WORK/models`; what was measured is kept in `WORK/results.jsonl`, one line per case. A run that was stopped
