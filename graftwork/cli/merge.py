@@ -120,6 +120,14 @@ def merge(
     lazy: Annotated[
         bool, typer.Option("--lazy/--no-lazy", help="Use intermediate outputs that are already there.")
     ] = True,
+    prepared: Annotated[
+        Path | None,
+        typer.Option(
+            "--prepared",
+            metavar="DIR",
+            help="Where aligned models, statistics and masks are kept for later runs. [default: OUT.made]",
+        ),
+    ] = None,
     verbose: Annotated[
         int, typer.Option("--verbose", "-v", count=True, help="Print the plan, and all warnings.", show_default=False)
     ] = 0,
@@ -192,6 +200,7 @@ def merge(
             write_card=write_model_card,
             intermediate=intermediate_dir,
             reuse=lazy,
+            prepared=prepared,
         )
         if dry_run or target is None:
             from graftwork.cli.plan import print_plans
@@ -200,7 +209,10 @@ def merge(
             return
         watcher = _Watcher(quiet, verbose > 0, settings.threads)
         try:
-            result = run_merge(file, target, options=options, settings=settings, progress=watcher.start)
+            result = run_merge(
+                file, target, options=options, settings=settings, progress=watcher.start,
+                tell=(lambda line: None) if quiet else tell,
+            )  # fmt: skip
         finally:
             watcher.stop()
         _report(result, watcher, as_json=as_json, quiet=quiet, verbose=verbose > 0)
@@ -288,7 +300,7 @@ def _report(result: MergeResult, watcher: _Watcher, *, as_json: bool, quiet: boo
         print_json(
             {
                 "out": str(result.out),
-                "method": plan.recipe.method,
+                "method": plan.method_name,
                 "tensors": {"merged": merged, "copied": watcher.copied, "resumed": result.resumed},
                 "parameters": plan.elements,
                 "digest": result.digest,
@@ -298,6 +310,7 @@ def _report(result: MergeResult, watcher: _Watcher, *, as_json: bool, quiet: boo
                 "megabytes_per_second": round(speed / 1e6, 1),
                 "warnings": watcher.warnings,
                 "notes": result.notes,
+                "evaluations": [item.record() for item in result.evaluations],
             }
         )
         return
@@ -306,11 +319,14 @@ def _report(result: MergeResult, watcher: _Watcher, *, as_json: bool, quiet: boo
     resumed = f", {result.resumed:,} of them by an earlier run" if result.resumed else ""
     rows = [
         ["output", str(result.out)],
-        ["method", plan.recipe.method],
+        ["method", plan.method_name],
         ["tensors", f"{merged:,} merged, {watcher.copied:,} copied{resumed}"],
         ["parameters", f"{plan.elements:,}"],
         ["digest", result.digest],
         ["time", f"{duration(result.seconds)}, {size(speed)}/s"],
     ]
+    for item in result.evaluations:
+        accuracy = "no accuracy" if item.accuracy is None else f"accuracy {100 * item.accuracy:.2f} %"
+        rows.append([item.task, f"{accuracy}, loss {item.loss:.4g} on {plural(item.examples, 'example')}"])
     for line in aligned(rows):
         print(line)

@@ -34,6 +34,7 @@ def print_plans(
         everything: Name every tensor.
     """
     from graftwork.merge.plan import make_plan
+    from graftwork.merge.preparation import stages
     from graftwork.merge.run import check_places
 
     if out is not None:
@@ -46,9 +47,16 @@ def print_plans(
             continue
         plan = make_plan(recipe, options)
         try:
-            records.append(plan_record(plan, settings.threads))
+            record = plan_record(plan, settings.threads)
         finally:
             plan.close()
+        if out is not None:
+            folder = settings.prepared_folder(out, recipe.name if len(file.recipes) > 1 else None)
+            record["first"] = [
+                {"what": stage.what, "path": str(stage.path), "made": stage.is_made}
+                for stage in stages(recipe, folder, options=options)
+            ]
+        records.append(record)
     if as_json:
         print_json({"out": str(out) if out else None, "plans": records})
         return
@@ -144,6 +152,10 @@ def plan_lines(record: Record, *, everything: bool = False) -> list[str]:
         *(
             ["input", f"{item['model']}: {plural(item['tensors'], 'tensor')}, {size(item['bytes'])}{_roles(item)}"]
             for item in record["inputs"]
+        ),
+        *(
+            ["first", f"{item['what']}: {item['path']}{' is up to date' if item['made'] else ' will be made'}"]
+            for item in record.get("first", ())
         ),
         [
             "output",

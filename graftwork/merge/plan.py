@@ -103,6 +103,7 @@ class Plan:
         donor: Position of the input that gives configuration and side files.
         options: How it is carried out.
         files: What is read beside the models, by kind; these files are the last of the checkpoints.
+        origin: Method and recipe that the output's lineage names, if they are not this plan's own.
     """
 
     recipe: Recipe
@@ -116,7 +117,13 @@ class Plan:
     donor: int
     options: Options
     files: Files = field(default_factory=dict)
+    origin: tuple[str, str] | None = None
     _unread: list[Input] | None = field(default=None, repr=False)
+
+    @property
+    def method_name(self) -> str:
+        """The method as lineage and reports name it."""
+        return self.origin[0] if self.origin else self.recipe.method
 
     @property
     def outputs(self) -> list[OutputTensor]:
@@ -308,19 +315,14 @@ class _Planner:
                 continue
             try:
                 what = f"the input {_key_path(recipe, reference)}"
-                opened_one = Checkpoint.open(path, allow_pickle=options.allow_pickle, what=what)
-                self.checkpoints.append(opened_one)
-                if reference.adapter is not None and reference.adapter.path is not None:
-                    self.checkpoints[-1] = open_adapted(
-                        opened_one, reference.adapter.path, what=what, allow_pickle=options.allow_pickle
-                    )
+                self.checkpoints.append(open_input(reference, path, options, what=what))
             except CheckpointError as error:
                 problems.extend(error.problems)
         if problems:
             for checkpoint in self.checkpoints:
                 checkpoint.close()
             raise CheckpointError(*problems)
-        self.labels = _labels(self.inputs)
+        self.labels = short_names(self.inputs)
         self.files: dict[str, tuple[Beside | None, ...]] = {}
         self.places = {reference: number for number, reference in enumerate(self.inputs)}
         self.stacks = [find_stacks(checkpoint.tensors) for checkpoint in self.checkpoints]
@@ -390,6 +392,8 @@ class _Planner:
             self.warnings.extend(f"{self.labels[number]}: {note}" for note in checkpoint.notes)
         self._open_files()
         self._compare_configs()
+        if recipe.sliced and self.method.task_masks is not None:
+            raise RecipeError(f'slices: "{recipe.method}" writes masks of whole models; give them under `models`')
         wanted = self._sliced() if recipe.sliced else self._whole(recipe.slices[0])
         for item in wanted:
             self._add(item)
@@ -795,10 +799,10 @@ class _Planner:
 
     def _pool(self, name: str, values: Mapping[str, Any], every: Sequence[Input]) -> str:
         """Return which tensors share their statistics with this one: with `scope: model` those of the same models."""
-        if values.get("scope") != "model":
+        if values.get("scope") != "model" or values.get("from_") == "sum":
             return ""
         pool = f"{self.recipe.method}:{','.join(str(item.model) for item in every)}"
-        shared = {key: values[key] for key in ("density", "rescale") if key in values}
+        shared = {key: values[key] for key in ("density", "rescale", "ratio") if key in values}
         first = self._pooled.setdefault(pool, shared)
         for key, value in shared.items():
             if value != first[key]:
@@ -1023,7 +1027,29 @@ def _about(names: Sequence[str]) -> str:
     return f' (for "{names[0]}"{more})'
 
 
-def _labels(references: Sequence[ModelReference]) -> list[str]:
+def open_input(reference: ModelReference, path: Path, options: Options, *, what: str) -> Checkpoint:
+    """Open a model that a recipe names, with its adapter if it has one.
+
+    Args:
+        reference: The model.
+        path: Where it is.
+        options: Whether pickles are read.
+        what: What it is called in messages.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    checkpoint = Checkpoint.open(path, allow_pickle=options.allow_pickle, what=what)
+    if reference.adapter is None or reference.adapter.path is None:
+        return checkpoint
+    try:
+        return open_adapted(checkpoint, reference.adapter.path, what=what, allow_pickle=options.allow_pickle)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def short_names(references: Sequence[ModelReference]) -> list[str]:
     """Return short names of the inputs: the last part of a path, or more of it where that is not enough."""
     parts = [_label_parts(reference) for reference in references]
     resolved = [

@@ -125,9 +125,17 @@ class LearnEntry(_Level):
     loss: str | None = None
     steps: int | None = None
     learning_rate: float | None = None
+    coefficient_rate: float | None = None
     batch: int | None = None
     examples: int | None = None
     seed: int | None = None
+    coefficient: float | None = None
+    temperature: float | None = None
+    clamp: bool | None = None
+    hard: bool | None = None
+    schedule: str | None = None
+    trim: float | None = None
+    mask_kind: str | None = None
 
 
 class RecipeDocument(_Level):
@@ -152,6 +160,7 @@ class RecipeDocument(_Level):
     tokenizer: Annotated[dict[str, Any] | None, _defined("TokenizerEntry")] = None
     chat_template: str | None = None
     mask: str | None = Field(None, description="File of what `graftwork masks` has learned for these models.")
+    task_masks: str | None = Field(None, description="File that `emr` or `tall_masks` has written beside its output.")
     align: Annotated[dict[str, Any] | None, _defined("AlignEntry")] = None
     renormalize: Annotated[dict[str, Any] | str | None, _defined("RenormalizeEntry")] = None
     measure: Annotated[dict[str, Any] | None, _defined("MeasureEntry")] = None

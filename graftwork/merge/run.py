@@ -9,17 +9,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import xxhash
 
 from graftwork.merge import dtypes, lineage
 from graftwork.merge.card import model_card
-from graftwork.merge.checkpoint import BLOCK, Checkpoint, content_digest, tensor_digest
-from graftwork.merge.engine import FUSE_ABOVE, Engine, Stopped
+from graftwork.merge.checkpoint import BLOCK, TASK_MASKS_NAME, Checkpoint, content_digest, tensor_digest
+from graftwork.merge.engine import FUSE_ABOVE, Engine, Input, Sink, Stopped
 from graftwork.merge.errors import CheckpointError, DependencyError, GraftworkError, OutputError
 from graftwork.merge.plan import Options, Plan, canonical_recipe, donor_files, make_plan
-from graftwork.merge.recipe import RecipeFile, load_recipe
+from graftwork.merge.preparation import prepare
+from graftwork.merge.recipe import ModelReference, Recipe, RecipeFile, Slice, Source, load_recipe
+from graftwork.merge.task_masks import place_of, write_task_masks
 from graftwork.merge.writer import CheckpointWriter, check_output
+
+if TYPE_CHECKING:
+    from graftwork.merge.evaluation import Evaluation
 
 RECIPE_NAME = "graftwork_recipe.yml"
 
@@ -44,6 +50,8 @@ class Settings:
         write_card: Write a model card.
         intermediate: Where the outputs of named documents are kept; None to delete them.
         reuse: Take over intermediate outputs that are already there.
+        prepared: Where what a recipe needs first is kept: aligned models, statistics, masks; None for a folder beside
+            the output.
     """
 
     threads: int | None = None
@@ -54,6 +62,12 @@ class Settings:
     write_card: bool = True
     intermediate: Path | None = None
     reuse: bool = True
+    prepared: Path | None = None
+
+    def prepared_folder(self, target: Path, name: str | None = None) -> Path:
+        """Return where what a document needs first is kept."""
+        root = self.prepared or target.with_name(target.name + ".made")
+        return root / name if name else root
 
 
 @dataclass(slots=True)
@@ -67,6 +81,7 @@ class MergeResult:
         seconds: Wall time.
         resumed: Number of tensors that an earlier, interrupted run had finished.
         notes: Lines for the report: what methods remarked on single tensors.
+        evaluations: How the output does on the tasks that the recipe names under `evaluate`.
     """
 
     out: Path
@@ -75,6 +90,7 @@ class MergeResult:
     seconds: float
     resumed: int
     notes: list[str] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +126,7 @@ def merge(
     options: Options | None = None,
     settings: Settings | None = None,
     progress: Observer | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> MergeResult:
     """Merge checkpoints as a recipe says and write the output.
 
@@ -121,6 +138,7 @@ def merge(
         options: What decides the result besides the recipe.
         settings: What does not; `force` and `threads` above are taken into it.
         progress: Tells a progress bar how far the work is.
+        tell: Called with a line for people when something is made that the recipe needs first.
 
     Raises:
         GraftworkError: Something that the user can put right. Nothing is left behind, unless the same merge may succeed
@@ -137,20 +155,110 @@ def merge(
     with _steps_folder(temporary) as done:
         for item, place in zip(file.recipes, places, strict=True):
             last = place is places[-1]
-            plan = make_plan(item, options, steps=made)
+            folder = chosen.prepared_folder(target, item.name if len(places) > 1 else None)
+            ready = prepare(item, folder, options=options, steps=made, device=chosen.device, tell=tell)
+            plan = make_plan(ready, options, steps=made)
+            if ready.renormalize is not None:
+                plan = _renormalized(plan, folder, file, chosen, progress, tell)
             try:
                 if last:
                     result = _carry_out(plan, place, file, chosen, progress, force=chosen.force)
                     if _is_marked(temporary):
                         done.update(made.values())
-                    return result
-                if not (chosen.reuse and _is_done(plan, place)):
+                elif not (chosen.reuse and _is_done(plan, place)):
                     _carry_out(plan, place, file, chosen, progress, force=chosen.force or _is_own(place))
                     done.add(place)
             finally:
                 plan.close()
+            if last:
+                result.evaluations = _evaluated(item, place, chosen, tell)
+                return result
             made[str(item.name)] = place
     raise AssertionError("a recipe has at least one document")
+
+
+def _renormalized(
+    plan: Plan,
+    folder: Path,
+    file: RecipeFile,
+    settings: Settings,
+    progress: Observer | None,
+    tell: Callable[[str], None],
+) -> Plan:
+    """Carry out a plan into a folder, set the result's activations right, and return the plan that writes that."""
+    recipe = plan.recipe
+    assert recipe.renormalize is not None
+    merged, corrected = folder / "merged.safetensors", folder / "renormalized.safetensors"
+    try:
+        if not _is_done(plan, merged):
+            _carry_out(plan, merged, file, settings, progress, force=True)
+        method = recipe.renormalize.get("method", "repair")
+        task = recipe.renormalize.get("task") or next(item.task for item in recipe.slices[0].sources if item.task)
+        tell(f"setting activations right ({method}) on {task}")
+        _renormalize(plan, merged, corrected, method, task, settings.device)
+        donor = plan.checkpoints[plan.donor].path
+    finally:
+        plan.close()
+    return _replacing_plan(plan, merged, corrected, donor, f"{recipe.method}, {method}")
+
+
+def _renormalize(plan: Plan, merged: Path, out: Path, method: str, task: str, device: str) -> None:
+    """Write those tensors of a merged model that change when its activations are set right."""
+    import torch
+
+    from graftwork.merge.alignment.renormalize import renormalize
+    from graftwork.merge.artifact import parent_of, save_artifact
+    from graftwork.merge.checkpoint import load_torch
+    from graftwork.merge.task import load_task
+
+    count = len(plan.recipe.slices[0].models)
+    places = [plan.recipe.inputs.index(source.model) for source in plan.recipe.slices[0].models]
+    weights = [1.0] * count
+    for step in plan.merged:
+        found = getattr(step.program, "keywords", {}).get("weight")
+        if isinstance(found, tuple) and len(found) == count and all(value >= 0 for value in found) and sum(found):
+            weights = [float(value) for value in found]
+            break
+    with Checkpoint.open(merged) as checkpoint:
+        before = load_torch(checkpoint)
+        parents = [plan.checkpoints[place] for place in places]
+        after = renormalize(load_task(task), before, parents, weights, method=cast(Any, method), device=device)
+        changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
+        settings = {"method": method, "weights": weights}
+        record = parent_of(checkpoint)
+        save_artifact(out, changed, kind="model", method=method, settings=settings, parents=[record], force=True)
+
+
+def _replacing_plan(plan: Plan, merged: Path, corrected: Path, donor: Path, method: str) -> Plan:
+    """Return the plan that copies a merged model, with some tensors from another file, and the donor's side files."""
+    references = [ModelReference(str(path), path=path.resolve()) for path in (merged, donor)]
+    source = Source(references[0], None, {}, "models[0]")
+    group = Slice((source,), None, {}, "models")
+    recipe = replace(
+        plan.recipe, method="passthrough", slices=(group,), base=None, donor=references[1], parameters={}, dtype=None,
+        inputs=tuple(dict.fromkeys(references)), warnings=(), shared={}, align=None, renormalize=None,
+    )  # fmt: skip
+    copying = make_plan(recipe, plan.options)
+    changed = Checkpoint.open(corrected)
+    copying.checkpoints.append(changed)
+    copying.labels.append(corrected.name)
+    for step in copying.steps:
+        if step.name in changed.tensors:
+            step.models = (Input(len(copying.checkpoints) - 1, changed.tensors[step.name]),)
+    copying.config, copying.warnings, copying.method = plan.config, plan.warnings, plan.method
+    copying.origin = (method, canonical_recipe(plan.recipe, plan.labels_by_text()))
+    return copying
+
+
+def _evaluated(recipe: Recipe, out: Path, settings: Settings, tell: Callable[[str], None]) -> list[Evaluation]:
+    """Return how an output does on the tasks that its recipe names."""
+    if not recipe.evaluate:
+        return []
+    from graftwork.merge.evaluation import evaluate
+    from graftwork.merge.task import load_task
+
+    tell(f"evaluating on {len(recipe.evaluate)} task{'s' if len(recipe.evaluate) > 1 else ''}")
+    return evaluate({out.name: out}, [load_task(spec) for spec in recipe.evaluate], device=settings.device)
 
 
 def check_places(file: RecipeFile, target: Path, settings: Settings) -> list[Path]:
@@ -267,6 +375,7 @@ def _carry_out(
     threads = settings.threads or usable_cores()
     digest = plan.digest()
     stamps = _stamps(plan)
+    _check_beside(plan, out, force=force)
     try:
         writer = CheckpointWriter(
             out,
@@ -291,6 +400,7 @@ def _carry_out(
             (tensor.name, tensor.dtype, tensor.shape, writer.digests[tensor.name]) for tensor in plan.outputs
         )
         metadata = _metadata(plan, digest, inputs, output)
+        beside = _write_beside(plan, writer, inputs, lambda sink: _engine(plan, sink, threads, device, count))
         writer.publish(metadata, _files(plan, out, file, metadata, settings) if not writer.single_file else {})
     except (KeyboardInterrupt, Stopped):
         writer.close()
@@ -313,7 +423,38 @@ def _carry_out(
         writer.leave()
         raise
     notes = [f"{step.name}: {note}" for step in plan.merged for note in step.notes]
+    if beside is not None:
+        notes.insert(0, f"{beside} gives the model of each task back, with merge_method: task_model")
     return MergeResult(out, plan, output, time.monotonic() - start, len(writer.resumed), notes)
+
+
+def _check_beside(plan: Plan, out: Path, *, force: bool) -> None:
+    """Check the place of what is written beside an output that is a single file; an unfinished merge may have it."""
+    beside = place_of(out)
+    if plan.method.task_masks is None or beside.parent == out or force:
+        return
+    if os.path.lexists(beside) and not os.path.lexists(out.with_name(out.name + ".partial")):
+        raise OutputError(f"cannot write {beside}: it exists; choose another output, or replace it with --force")
+
+
+def _write_beside(
+    plan: Plan, writer: CheckpointWriter, inputs: Mapping[tuple[int, str], bytes], engine: Callable[[Sink], Engine]
+) -> Path | None:
+    """Write the task masks of a method that has them, so that they become visible with the output."""
+    steps = [step for step in plan.merged if step.base is not None]
+    if plan.method.task_masks is None or not steps:
+        return None
+    parents = []
+    for item in (steps[0].base, *steps[0].models):
+        assert item is not None
+        checkpoint = plan.checkpoints[item.model]
+        record = _parent(plan, item.model, inputs)
+        parents.append({**record, "quick": checkpoint.quick_digest()})
+    path = writer.partial / TASK_MASKS_NAME
+    write_task_masks(plan, path, parents, engine)
+    if writer.single_file:
+        os.replace(path, place_of(writer.out))
+    return place_of(writer.out)
 
 
 def _finished(plan: Plan, writer: CheckpointWriter) -> str:
@@ -370,18 +511,18 @@ def _device(name: str) -> str:
     return chosen_device(name)
 
 
-def _engine(plan: Plan, writer: CheckpointWriter, threads: int, device: str, progress: Callable[[int], None]) -> Engine:
+def _engine(plan: Plan, sink: Sink, threads: int, device: str, progress: Callable[[int], None]) -> Engine:
     nonfinite = plan.options.allow_nonfinite
     if device == "cpu":
         return Engine(
-            plan.checkpoints, writer, plan.labels, threads=threads, fuse=plan.elements >= FUSE_ABOVE,
+            plan.checkpoints, sink, plan.labels, threads=threads, fuse=plan.elements >= FUSE_ABOVE,
             allow_nonfinite=nonfinite, progress=progress,
         )  # fmt: skip
     from graftwork.merge.device import DeviceEngine
 
     return DeviceEngine(
         plan.checkpoints,
-        writer,
+        sink,
         plan.labels,
         device=device,
         threads=threads,
@@ -390,19 +531,22 @@ def _engine(plan: Plan, writer: CheckpointWriter, threads: int, device: str, pro
     )
 
 
+def _parent(plan: Plan, number: int, inputs: Mapping[tuple[int, str], bytes]) -> dict[str, Any]:
+    """Return the record of one input; without the digests of its tensors, one of the same length."""
+    checkpoint = plan.checkpoints[number]
+    whole = lineage.EMPTY_DIGEST
+    if inputs:
+        whole = content_digest(
+            (entry.name, entry.dtype, entry.shape, inputs[number, entry.name]) for entry in checkpoint.tensors.values()
+        )
+    return lineage.parent_record(plan.labels[number], whole, checkpoint.metadata)
+
+
 def _metadata(plan: Plan, digest: str, inputs: Mapping[tuple[int, str], bytes], output: str) -> dict[str, str]:
-    parents = []
-    for number, (label, checkpoint) in enumerate(zip(plan.labels, plan.checkpoints, strict=True)):
-        whole = lineage.EMPTY_DIGEST
-        if inputs:
-            whole = content_digest(
-                (entry.name, entry.dtype, entry.shape, inputs[number, entry.name])
-                for entry in checkpoint.tensors.values()
-            )
-        parents.append(lineage.parent_record(label, whole, checkpoint.metadata))
-    recipe = canonical_recipe(plan.recipe, plan.labels_by_text())
+    parents = [_parent(plan, number, inputs) for number in range(len(plan.checkpoints))]
+    recipe = plan.origin[1] if plan.origin else canonical_recipe(plan.recipe, plan.labels_by_text())
     return lineage.metadata(
-        "model", method=plan.recipe.method, recipe=recipe, parents=parents, digest=output, plan=digest
+        "model", method=plan.method_name, recipe=recipe, parents=parents, digest=output, plan=digest
     )
 
 
