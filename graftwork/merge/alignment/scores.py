@@ -338,8 +338,9 @@ class Workbench:
     def _lay_out(self, matrix: ScoreMatrix, use: PieceUse) -> tuple[Tensor, Tensor]:
         """Return both models' values as (partner 1, …, partner k, rest · units), contiguous."""
         if use.left is None or use.right is None:
-            use.left = self._laid_out(matrix, use, self.a)
-            use.right = self._laid_out(matrix, use, self.b)
+            left, right = (self._laid_out(matrix, use, read) for read in (self.a, self.b))
+            dtype = torch.promote_types(left.dtype, right.dtype)
+            use.left, use.right = left.to(dtype), right.to(dtype)
         return use.left, use.right
 
     def _laid_out(self, matrix: ScoreMatrix, use: PieceUse, read: Read) -> Tensor:

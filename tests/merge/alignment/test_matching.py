@@ -446,7 +446,10 @@ def test_every_solver_gives_the_same() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_float_is_read(dtype: torch.dtype) -> None:
     model, spec = mlp(0)
-    assert_found({name: value.to(dtype) for name, value in model.items()}, spec, 1)
+    model = {name: value.to(dtype) for name, value in model.items()}
+    assert_found(model, spec, 1)
+    wide = {name: value.double() if "fc1" in name else value for name, value in model.items()}
+    assert match_weights(spec, model, apply_permutation(spec, random_permutation(spec, 2), wide)).distance_after == 0.0
 
 
 def test_files_and_arrays_give_the_same(tmp_path: Path) -> None:
