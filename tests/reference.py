@@ -896,14 +896,172 @@ def _spectral(merge: Callable[[Sequence[Array], float], Array]):  # type: ignore
     return merged
 
 
+# --- Masks and balances of tasks ------------------------------------------------------------------------------------
+
+
+def _size(base: Array, x: Sequence[Array]) -> Array:
+    return np.sum([np.abs(model) + np.abs(base) for model in x], axis=0)
+
+
+def _tall(bases, models, scores, *, density, scope, trim):  # type: ignore[no-untyped-def]
+    """Return, for each tensor, τ with its magnitude and its details: Σ d, or TIES' sum."""
+    if trim:
+        results = _ties(
+            bases, models, [""] * len(bases), [], scores, weight=1.0, density=density, normalize=False, scope=scope
+        )
+        found = []
+        for base, x, result in zip(bases, models, results, strict=True):
+            kept = [
+                agrees & mask for agrees, mask in zip(result.details["agrees"], result.details["masks"], strict=True)
+            ]
+            change = np.zeros(base.shape)
+            for model, mask in zip(x, kept, strict=True):
+                change = change + mask * (model - base)
+            found.append((change, _size(base, x), result.details))
+        return found
+    return [
+        (np.sum([model - base for model in x], axis=0), _size(base, x), {})
+        for base, x in zip(bases, models, strict=True)
+    ]
+
+
+def _needed(total, base, x, mask_lambda):  # type: ignore[no-untyped-def]
+    strengths = _each(mask_lambda, len(x))
+    return [
+        np.abs(model - base) > strength * np.abs(total - (model - base))
+        for model, strength in zip(x, strengths, strict=True)
+    ]
+
+
+def _consensus(trim: bool):  # type: ignore[no-untyped-def]
+    def merge(  # type: ignore[no-untyped-def]
+        bases, models, names, streams, scores, *, threshold=2, mask_lambda=0.4, scale=0.3, density=0.2, scope="model"
+    ):
+        results = []
+        found = _tall(bases, models, scores, density=density, scope=scope, trim=trim)
+        for base, x, (total, size, details) in zip(bases, models, found, strict=True):
+            masks = _needed(total, base, x, mask_lambda)
+            kept = np.sum(masks, axis=0) >= threshold
+            details = {key: value for key, value in details.items() if key.startswith("election")}
+            results.append(
+                Result(base + scale * total * kept, np.abs(base) + abs(scale) * size * kept, {**details, "kept": masks})
+            )
+        return results
+
+    return merge
+
+
+def _tall_masks(  # type: ignore[no-untyped-def]
+    bases,
+    models,
+    names,
+    streams,
+    scores,
+    *,
+    from_="sum",
+    mask_lambda=0.4,
+    scale=1.0,
+    density=0.2,
+    scope="model",
+    **other,
+):
+    results = []
+    trim = other.get("from", from_) == "ties"
+    found = _tall(bases, models, scores, density=density, scope=scope, trim=trim)
+    for base, x, (total, size, details) in zip(bases, models, found, strict=True):
+        details = {key: value for key, value in details.items() if key.startswith("election")}
+        details |= {"delta": total, "kept": _needed(total, base, x, mask_lambda)}
+        results.append(Result(base + scale * total, np.abs(base) + abs(scale) * size, details))
+    return results
+
+
+def _emr(bases, models, names, streams, scores, *, rescale_by="entry"):  # type: ignore[no-untyped-def]
+    """b + g·max(g·d, 0); the masks and rescalers are in the details."""
+    results, sums = [], []
+    for base, x in zip(bases, models, strict=True):
+        differences = [model - base for model in x]
+        election = np.sum(differences, axis=0)
+        sign = np.where(election > 0, 1.0, -1.0)
+        masks = [sign * difference > 0 for difference in differences]
+        change = sign * np.max(
+            [mask * np.abs(difference) for mask, difference in zip(masks, differences, strict=True)], axis=0
+        )
+        part = base.size if rescale_by == "tensor" and base.size else 1
+        sums.append([
+            (exact_sum(np.abs(difference)) / part, exact_sum(np.abs(mask * change)) / part)
+            for mask, difference in zip(masks, differences, strict=True)
+        ])  # fmt: skip
+        details = {
+            "masks": masks, "delta": change, "election": election,
+            "election_magnitude": np.sum(np.abs(differences), axis=0),
+        }  # fmt: skip
+        results.append(
+            Result(base + change, np.abs(base) + np.max([np.abs(m) for m in x], axis=0) + np.abs(base), details)
+        )
+    totals = np.sum(sums, axis=0)
+    rescale = np.where(totals[:, 1] > 0, totals[:, 0] / np.where(totals[:, 1] > 0, totals[:, 1], 1.0), 1.0)
+    for result in results:
+        result.details["rescale"] = rescale
+    return results
+
+
+def _pcb(bases, models, names, streams, scores, *, ratio=0.1, scale=1.0, scope="model"):  # type: ignore[no-untyped-def]
+    everything = range(len(bases))
+    results: dict[int, Result] = {}
+    for group in [list(everything)] if scope == "model" else [[tensor] for tensor in everything]:
+        count = len(models[group[0]])
+        dtype = scores or score_dtype([array for t in group for array in (bases[t], *models[t])])
+        changes = [
+            np.concatenate([(models[t][i] - bases[t]).reshape(-1) for t in group]) for i in range(count)
+        ]  # fmt: skip
+        sizes = [
+            np.concatenate([magnitudes_of_difference(models[t][i], bases[t], dtype).reshape(-1) for t in group])
+            for i in range(count)
+        ]  # fmt: skip
+        length = changes[0].size
+        total = np.zeros(length)
+        for change in changes:
+            total = total + change
+        merged, weights, spread = np.zeros(length), np.zeros(length), np.zeros(length)
+        for change, size in zip(changes, sizes, strict=True) if length else ():
+            ordered = np.sort(size).astype(np.float64)
+            low = ordered[math.floor(1e-4 * length)]
+            high = ordered[max(0, math.floor((1 - 1e-4) * length - 1))]
+            clipped = np.clip(np.abs(change), low, high) if high > low else np.full(length, low)
+            share = (clipped - low) / (high - low) if high > low else np.zeros(length)
+            score = (np.exp(count * share**2) * np.tanh(change * total)).astype(np.float32).astype(np.float64)
+            cut = np.sort(score)[min(length - 1, math.floor((1 - ratio) * length))]
+            top_score = np.max(score)
+            weight = np.maximum(0.0, (score - cut) / (top_score - cut)) if top_score > cut else np.zeros(length)
+            merged = merged + weight * np.sign(change) * clipped
+            weights = weights + weight
+            spread = spread + weight * clipped
+        divisor = np.maximum(weights, 1e-12)
+        value, size = merged / divisor, spread / divisor
+        start = 0
+        for t in group:
+            part = slice(start, start + bases[t].size)
+            start += bases[t].size
+            shaped = value[part].reshape(bases[t].shape)
+            size_of = size[part].reshape(bases[t].shape)
+            inputs = np.max([np.abs(m) for m in models[t]], axis=0)
+            results[t] = Result(
+                bases[t] + scale * shaped, 2 * np.abs(bases[t]) + inputs + abs(scale) * size_of, {"scores": weights}
+            )
+    return [results[t] for t in everything]
+
+
 METHODS: Mapping[str, Callable[..., list[Result]]] = {
     "arcee_fusion": _one_by_one(_arcee_fusion),
     "breadcrumbs": _breadcrumbs(consensus=False),
     "breadcrumbs_ties": _breadcrumbs(consensus=True),
+    "consensus_ta": _consensus(trim=False),
+    "consensus_ties": _consensus(trim=True),
     "dare_linear": _dare(consensus=False),
     "dare_ties": _dare(consensus=True),
     "della": _della(consensus=True),
     "della_linear": _della(consensus=False),
+    "emr": _emr,
     "geometric_median": _geometric_median,
     "iso_c": _one_by_one(_spectral(_isotropic_sum)),
     "iso_cts": _one_by_one(_spectral(_isotropic_sum)),
@@ -914,10 +1072,12 @@ METHODS: Mapping[str, Callable[..., list[Result]]] = {
     "nearswap": _one_by_one(_nearswap),
     "nuslerp": _one_by_one(_nuslerp),
     "passthrough": _one_by_one(_passthrough),
+    "pcb": _pcb,
     "ram": _one_by_one(_ram),
     "ramplus_tl": _one_by_one(_ramplus_tl),
     "sce": _one_by_one(_sce),
     "slerp": _one_by_one(_slerp),
+    "tall_masks": _tall_masks,
     "task_arithmetic": _task_arithmetic,
     "ties": _ties,
     "tsv_m": _one_by_one(_spectral(_task_singular_sum)),

@@ -62,6 +62,10 @@ ReadRange = Callable[[int, memoryview], None]
 """Fills a buffer from a byte offset of one tensor that does not lie in a safetensors file."""
 
 
+TASK_MASKS_NAME = "task_masks.safetensors"
+"""What a merge writes beside a model so that the models of single tasks come back from it; no model itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Where one tensor lies and what it looks like."""
@@ -676,6 +680,7 @@ class _Opening:
         if "modules.json" in present:
             self.check_sentence_transformers(names)
         tensors = [name for name in names if name.endswith(".safetensors") and not name.startswith((".", "adapter_"))]
+        tensors = [name for name in tensors if name != TASK_MASKS_NAME]
         indexes = [name for name in names if name.endswith(".safetensors.index.json") and not name.startswith(".")]
         if len(indexes) > 1:
             # A variant's index (model.fp16.safetensors.index.json) does not count beside the plain one.

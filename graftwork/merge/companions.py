@@ -6,6 +6,7 @@ of their tensors go with an output tensor (`companions`); see `graftwork.merge.m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -154,6 +155,8 @@ def companions_of(
             if kind in method.shared:
                 inputs = inputs * len(models)
         for item in inputs:
+            if item.entry.dtype == "U8" and item.entry.shape == (-(-math.prod(shape) // 8),):
+                continue  # a mask of one bit per element
             wrong = item.entry.shape != shape and method.kind != "matrix"
             if wrong or item.entry.dtype not in dtypes.MERGEABLE:
                 raise MismatchError(

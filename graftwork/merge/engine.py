@@ -694,6 +694,12 @@ class Engine:
         return columns
 
     def _companion(self, step: Step, item: Input, start: int, stop: int, target: Array) -> Array:
+        if item.entry.dtype == "U8":  # a mask of one bit per element; pieces begin at whole bytes
+            packed = self.buffers.get("beside", 0, -(-stop // 8) - start // 8, np.uint8)
+            self.readers[item.model].read_into(item.entry, start // 8, packed.data)
+            self.progress(packed.nbytes)
+            target[:] = np.unpackbits(packed, count=stop - start, bitorder="little")
+            return target
         dtype = dtypes.RAW[item.entry.dtype]
         words = self.buffers.get("beside", 0, stop - start, dtype)
         self.readers[item.model].read_into(item.entry, start * dtype.itemsize, words.view(np.uint8).data)

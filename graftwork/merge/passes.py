@@ -193,6 +193,7 @@ class Companion:
 
     The formula gets a tuple of float64 values, one per model, of the element at hand; what all models share stands
     there as often as there are models. In `ApplyMatrix` it is a list of whole tensors as float64 arrays, of any shape.
+    A mask may be packed: eight elements in each byte of a U8 tensor, the first in the least significant bit.
     Which tensor of which file it is, the method's `companions` has said while planning; see `registry.Companions`.
 
     Args:
@@ -212,3 +213,23 @@ class ApplyMatrix:
 
     function: Callable[..., Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMasks:
+    """What a method writes beside the merged model so that each task's own model comes back from it.
+
+    The model of task i is b + rᵢ mᵢ∘τ; see `graftwork.merge.task_masks`.
+
+    Args:
+        delta: Makes τ.
+        masks: Makes, for each entry, the sum of `worth` over the tasks whose mask holds it; the engine gives its
+            formula the parameter `worth`, one power of two per model.
+        norms: Asks for Σ|dᵢ| and Σ|mᵢ∘τ| for each model in turn, whose quotient over the whole model is rᵢ; None: 1.
+        by_tensor: Whether each tensor's mean counts, and not its sum.
+    """
+
+    delta: Apply
+    masks: Apply
+    norms: Sums | None = None
+    by_tensor: bool = False

@@ -400,7 +400,7 @@ class _Planner:
         self._account()
         unmatched = self._unmatched()
         if self.problems:
-            raise MismatchError(*self.problems, *self.hints)
+            raise MismatchError(*dict.fromkeys(self.problems), *self.hints)
         if self._failed:
             raise RecipeError([problem + _about(names) for problem, names in sorted(self._failed.items())])
         if self.options.strict and unmatched:

@@ -432,13 +432,14 @@ class _DocumentReader:
         self.exclude = tuple(patterns)
 
     def _read_shared(self) -> None:
-        text = self.values.get("mask")
-        if text is None or self.method is None:
-            return
-        if "mask" in self.method.shared:
-            self.shared["mask"] = Path(text).expanduser()
-        else:
-            self.report.problem("mask", f'"{self.method.name}" uses no mask; leave the key out')
+        for kind in ("mask", "task_masks"):
+            text = self.values.get(kind)
+            if text is None or self.method is None:
+                continue
+            if kind in self.method.shared:
+                self.shared[kind] = Path(text).expanduser()
+            else:
+                self.report.problem(kind, f'"{self.method.name}" uses no {kind}; leave the key out')
 
     def _read_stages(self) -> None:
         """Read what is done before and after the merge itself."""
@@ -560,7 +561,13 @@ class _DocumentReader:
                         f'is missing: "{method.name}" needs it; make it with `graftwork {kind}`, or name the model\'s '
                         "`task`, on whose data it is then measured",
                     )
-        for kind in method.shared:
+        if "task_masks" in method.shared and "task_masks" not in self.shared:
+            self.report.problem(
+                "task_masks",
+                f'is missing: "{method.name}" needs the task_masks.safetensors that `emr` or `tall_masks` has written',
+                once="task_masks",
+            )
+        for kind in set(method.shared) - {"task_masks"}:
             if kind not in self.shared and any(source.task is None for source in group.models):
                 self.report.problem(
                     kind,

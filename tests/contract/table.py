@@ -126,6 +126,17 @@ ROWS = (
         tolerance=1e-11,
     ),
     Row("tsv_m", {"weight": (0.5, 0.9, 0.7), "scale": 0.9}, "ACDEFMPV", "BGLN", {"scale": 1.0}, "K", tolerance=1e-11),
+    Row("consensus_ta", {"threshold": 2, "mask_lambda": (0.4, 0.6, 0.5), "scale": 0.7}, "ACDEFJNP", "BKL"),
+    Row("consensus_ta-sum", {"threshold": 0, "scale": 1.0}, "ACDEFJKLMNP", "BO"),
+    Row(
+        "consensus_ties", {"threshold": 1, "mask_lambda": 0.6, "scale": 0.7, "density": (0.3, 0.6, 0.4)}, "ACDEFJNP",
+        "BKL",
+    ),
+    Row("tall_masks", {"from": "sum", "mask_lambda": 0.5, "scale": 0.7}, "ACDEFJLMNP", "B", {"scale": 1.0}, "K"),
+    Row("tall_masks-ties", {"from": "ties", "density": 0.6, "scale": 0.7}, "ACDEFNP", "BKL", {"density": 1.0}, "J"),
+    Row("emr", {"rescale_by": "entry"}, "ABCDEFJKNO", "L"),
+    Row("pcb", {"ratio": 0.4, "scale": 0.9}, "ACDFNP", "BEJKL"),
+    Row("pcb-tensor", {"ratio": 0.9, "scale": 1.0, "scope": "tensor"}, "ACDFNP", "BEJKL"),
     Row("tsv_m-images", {"matrix_reshape": True, "decompose": True}, "ACDEFKMP", "BJLN", tolerance=1e-11),
 )  # fmt: skip
 

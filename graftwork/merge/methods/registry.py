@@ -75,6 +75,7 @@ class Method:
         statistics: Kinds of file that a recipe gives for each model under `statistics:`, such as `fisher`.
         shared: Kinds of file that a recipe gives once, such as `mask`.
         companions: Says which tensors of these files (and of the models) go with an output tensor.
+        task_masks: A second program, which returns `passes.TaskMasks`: what is written beside the merged model.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Method:
     statistics: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     companions: Companions | None = None
+    task_masks: Callable[..., Any] | None = None
 
     def problem(self, **parameters: Any) -> str | None:
         """Return what is wrong with these resolved parameters taken together, or None."""
@@ -126,6 +128,7 @@ def register(
     statistics: tuple[str, ...] = (),
     shared: tuple[str, ...] = (),
     companions: Companions | None = None,
+    task_masks: Callable[..., Any] | None = None,
 ) -> Callable[[Program], Program]:
     """Return a decorator that registers a program as the method `name`.
 
@@ -156,6 +159,7 @@ def register(
             statistics=statistics,
             shared=shared,
             companions=companions,
+            task_masks=task_masks,
         )
         return program
 
