@@ -11,6 +11,7 @@ from graftwork.cli.barrier import barrier, lmc
 from graftwork.cli.demonstration import demo
 from graftwork.cli.difference import diff
 from graftwork.cli.evaluate import evaluate
+from graftwork.cli.extract_lora import extract_lora
 from graftwork.cli.inspect import inspect
 from graftwork.cli.masks import masks
 from graftwork.cli.merge import merge
@@ -46,7 +47,7 @@ def _options(
     pass
 
 
-for command in (merge, inspect, diff, methods, evaluate, barrier, lmc, masks, verify, schema, demo):
+for command in (merge, inspect, diff, methods, evaluate, barrier, lmc, masks, extract_lora, verify, schema, demo):
     app.command()(command)
 
 
