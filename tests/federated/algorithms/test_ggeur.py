@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from graftwork.federated.errors import FederationError
+from graftwork.federated.algorithms import create
+from graftwork.federated.algorithms.base import Client, Form, Outgoing, Reply, Server, Update, prefixed, select
+from graftwork.federated.algorithms.ggeur import GGEUR
+from graftwork.federated.errors import FederationError, QuorumError
 from graftwork.federated.geometry import Geometry, compose, geometry_of
 from graftwork.federated.moments import (
     Moments,
@@ -23,6 +27,9 @@ from graftwork.federated.moments import (
     spectrum,
     to_tensors,
 )
+from graftwork.federated.training import measure
+from graftwork.federated.training import test_examples as examples_of_test
+from graftwork.merge.task import Task
 
 CLASSES, FEATURES = 4, 12
 
@@ -370,3 +377,309 @@ def test_many_samples_take_seconds() -> None:
     assert len(samples) == 45_000
     # A tenth of CIFAR-10's augmentation; the whole is to take less than ten seconds.
     assert time.process_time() - begin < 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both halves, with a server that asks its sites directly
+
+
+class Head(nn.Module):
+    """A fixed encoder of four numbers into four, and a linear head for three classes that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = self.head(self.encoder(inputs))
+        return found
+
+
+CENTRES = torch.tensor([[3.0, 0, 0, 0], [0, 3, 0, 0], [0, 0, 3, 0]])
+
+
+def owner(classes: list[int], count: int, seed: int) -> Task:
+    """Return a site that has some classes alone."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(classes)[torch.arange(count) % len(classes)] if count else torch.zeros(0, dtype=torch.int64)
+    inputs = CENTRES[labels] + torch.randn(count, 4, generator=generator)
+    return Task("site", Head, batches=lambda: [(inputs, labels)], test=lambda: [(inputs, labels)], head="head")
+
+
+class Federation:
+    """Sites and a server half, called one after the other as the runtime does."""
+
+    def __init__(
+        self, algorithm: GGEUR, sites: dict[str, Task], absent: tuple[str, ...] = (), rounds: int = 10
+    ) -> None:
+        self.algorithm, self.sites, self.absent = algorithm, sites, set(absent)
+        self.private: dict[str, dict[str, Tensor]] = {site: {} for site in sites}
+        torch.manual_seed(0)
+        state = Head().state_dict()
+        self.local = algorithm.local_names(Head(), "head")
+        shared = prefixed("model", {name: value for name, value in state.items() if name not in self.local})
+        test = owner([0, 1, 2], 300, 99)
+        self.server = Server(
+            algorithm, test, True, tuple(sorted(sites)), rounds, 0, dict(shared), {}, {}, dict(state),
+            lambda _: True, self.ask, self.merge,
+        )  # fmt: skip
+        assert algorithm.check(self.server) == []
+        algorithm.start(self.server)
+        algorithm.before_rounds(self.server)
+
+    def client(self, site: str, sent: Outgoing, question: str = "") -> Client:
+        server = self.server
+        initial = {name: value for name, value in server.initial.items() if name in self.local}
+        return Client(
+            site, self.sites[site], self.algorithm, server.round, server.rounds, dict(sent.tensors), dict(sent.config),
+            dict(self.private[site]), server.round - 1, question, 0, initial,
+        )  # fmt: skip
+
+    def ask(self, question: str, outgoing: Any, *, expect: Any = None, sites: Any = None, quorum: Any = None) -> Any:
+        replies = []
+        for site in sorted(self.sites if sites is None else sites):
+            if site in self.absent:
+                continue
+            sent = outgoing(site) if callable(outgoing) else outgoing
+            update = self.algorithm.answer(self.client(site, sent, question))
+            if expect is not None:
+                assert set(update.tensors) == set(expect)
+                for name, form in expect.items():
+                    found = Form.of(update.tensors[name])
+                    assert found.dtype == form.dtype
+                    assert len(found.shape) == len(form.shape)
+                    assert all(want in (-1, size) for want, size in zip(form.shape, found.shape, strict=True))
+            replies.append(Reply(site, update.examples, update.metrics, lambda update=update: dict(update.tensors)))
+        return replies
+
+    def merge(self, replies: Any, names: Any = None, weights: Any = None, *, mean: bool = False) -> dict[str, Tensor]:
+        weights = self.server.weights(replies) if weights is None else weights
+        total = sum(weights)
+        tensors = [reply.tensors for reply in replies]
+        return {
+            name: sum((w / total * found[name] for w, found in zip(weights, tensors, strict=True)), torch.zeros(()))
+            for name in tensors[0]
+        }
+
+    def round(self, *, absent: tuple[str, ...] = ()) -> tuple[dict[str, Update], dict[str, Outgoing], dict[str, float]]:
+        self.server.round += 1
+        updates, sent, replies = {}, {}, []
+        for site in sorted(set(self.sites) - set(absent)):
+            sent[site] = self.algorithm.outgoing(self.server, site)
+            update = updates[site] = self.algorithm.train(self.client(site, sent[site]))
+            assert set(update.tensors) == set(self.algorithm.expected(self.server, sent[site].tensors))
+            if update.private is not None:
+                self.private[site] = dict(update.private)
+            replies.append(Reply(site, update.examples, update.metrics, lambda update=update: dict(update.tensors)))
+        self.algorithm.aggregate(self.server, replies)
+        return updates, sent, dict(self.algorithm.after_round(self.server, replies))
+
+    def accuracy(self) -> float:
+        return self.algorithm.evaluate_server(self.server)["accuracy"]
+
+
+def ggeur(name: str = "ggeur", **given: Any) -> GGEUR:
+    made = create(name, {"local_steps": 5, "batch_size": 16, "learning_rate": 0.1, **given})
+    assert isinstance(made, GGEUR)
+    return made
+
+
+def three_owners() -> dict[str, Task]:
+    return {"a": owner([0], 40, 1), "b": owner([1], 40, 2), "c": owner([2], 40, 3)}
+
+
+def test_only_the_head_travels_and_geometry_is_sent_once() -> None:
+    federation = Federation(ggeur(), three_owners())
+    assert set(federation.server.shared) == {"model/head.weight", "model/head.bias"}
+    _, first, _ = federation.round()
+    assert any(name.startswith("geometry/") for name in first["a"].tensors)
+    updates, second, _ = federation.round()
+    assert not any(name.startswith("geometry/") for name in second["a"].tensors)
+    assert updates["a"].metrics["geometry_version"] == 1
+    assert updates["a"].metrics["augmented_examples"] == 5 * 16
+    assert updates["a"].examples == 40
+    assert not any(name.startswith("model/") for name in federation.private["a"])
+
+
+def test_a_site_that_lost_the_geometry_gets_it_again() -> None:
+    federation = Federation(ggeur(), three_owners())
+    federation.round()
+    federation.private["b"] = {}
+    updates, _, _ = federation.round()
+    assert updates["b"].metrics["geometry_version"] == 0
+    assert updates["b"].metrics["augmented_examples"] == 40
+    updates, sent, _ = federation.round()
+    assert "geometry/means" in sent["b"].tensors
+    assert "geometry/means" not in sent["a"].tensors
+    assert updates["b"].metrics["geometry_version"] == 1
+
+
+def test_samples_of_missing_classes_are_what_makes_the_difference() -> None:
+    """Each site owns one class: after few rounds the published form knows as little as FedAvg, `fill` knows all."""
+    found = {}
+    for name, algorithm in (
+        ("fill", ggeur()),
+        ("none", ggeur(fill="none")),
+        ("paper", ggeur("ggeur-paper", weights="examples")),
+        ("materialised", ggeur(sampling="materialised")),
+        ("multi", ggeur(mode="multi", per_prototype=20, target_per_class=50)),
+    ):
+        federation = Federation(algorithm, three_owners())
+        updates, _, _ = federation.round()
+        # What one site alone has learned of all classes.
+        module = federation.server.module(updates["a"].tensors)
+        found[name] = measure(federation.server.task, module, examples_of_test(federation.server.task))[1]
+    assert found["none"] < 0.5
+    assert found["paper"] < 0.5
+    for name in ("fill", "materialised", "multi"):
+        assert found[name] > 0.75, name
+
+
+@pytest.mark.parametrize("statistics", ["lowrank", "tri", "factor", "pooled"])
+def test_every_form_of_statistics_trains(statistics: str) -> None:
+    federation = Federation(ggeur(statistics=statistics), three_owners())
+    for _ in range(3):
+        federation.round()
+    assert federation.accuracy() > 0.8
+
+
+def test_noisy_statistics_train_when_there_are_many_embeddings() -> None:
+    sites = {name: owner([label], 3000, label) for label, name in enumerate("abc")}
+    federation = Federation(ggeur(statistics="noisy", clip_embeddings=10.0, noise_multiplier=1.0), sites)
+    for _ in range(3):
+        federation.round()
+    assert federation.accuracy() > 0.75
+    with pytest.raises(FederationError, match="meant to hide"):
+        ggeur(statistics="noisy", mode="multi")
+
+
+def test_the_discriminant_start_is_right_before_any_training() -> None:
+    federation = Federation(ggeur(start="lda"), three_owners())
+    assert federation.accuracy() > 0.9
+    assert federation.server.record["started_from_discriminant"]
+    better = Federation(ggeur(start="auto"), three_owners())
+    assert better.server.record["started_from_discriminant"]
+    plain = Federation(ggeur(), three_owners())
+    assert plain.accuracy() == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_an_automatic_start_keeps_a_model_that_is_better() -> None:
+    federation = Federation(ggeur(start="auto"), three_owners())
+    server = federation.server
+    head = {name: value.clone() * 3 for name, value in server.shared.items()}
+    server.shared.update(head)
+    server.record.pop("started_from_discriminant")
+    federation.algorithm._start_from_discriminant(server)
+    # Three times the discriminant decides the same, so there is no gain in replacing it.
+    assert "started_from_discriminant" not in server.record
+    assert torch.equal(server.shared["model/head.bias"], head["model/head.bias"])
+
+
+def test_a_late_site_is_taken_in_and_everybody_gets_the_new_geometry() -> None:
+    algorithm = ggeur(rank=0, statistics="tri", precision="float64", mode="multi")
+    late = Federation(algorithm, three_owners(), absent=("c",))
+    assert late.server.record["missing"] == ["c"]
+    assert late.server.record["absent_classes"] == [2]
+    late.round(absent=("c",))
+    late.absent.clear()
+    _, _, metrics = late.round()
+    assert metrics["geometry_version"] == 2
+    assert late.server.record["missing"] == late.server.record["holders"] == []
+    _, sent, _ = late.round()
+    assert all(sent[site].config["geometry_version"] == 2 for site in "abc")
+    prompt = Federation(algorithm, three_owners())
+    for name in ("counts", "means", "prototypes", "prototype_counts"):
+        torch.testing.assert_close(late.server.kept[f"geometry/{name}"], prompt.server.kept[f"geometry/{name}"])
+    for label in range(3):
+        one, other = (
+            Geometry.from_tensors(select(known.server.kept, "geometry")).covariance(label) for known in (late, prompt)
+        )
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not any(name.startswith("merged/") for name in late.server.kept)
+
+
+def test_too_few_statistics_end_the_run() -> None:
+    with pytest.raises(QuorumError, match="1 of 3 sites sent usable ones"):
+        Federation(ggeur(), three_owners(), absent=("b", "c"))
+
+
+def test_a_site_whose_statistics_cannot_be_is_left_out_and_named() -> None:
+    class Liar(GGEUR):
+        def _statistics(self, client: Client, real: Any) -> Update:
+            update = super()._statistics(client, real)
+            if client.site == "b":
+                update.tensors["counts"].neg_()  # type: ignore[attr-defined]
+            return update
+
+    federation = Federation(Liar(ggeur().settings), three_owners())
+    assert "embeddings of a class" in federation.server.record["rejected_statistics"]["b"]
+    assert federation.server.record["missing"] == ["b"]
+
+
+def test_an_inflated_covariance_is_cut_to_the_limit() -> None:
+    sites = {name: owner([0, 1, 2], 60, seed) for seed, name in enumerate("abc")}
+    inputs, labels = next(iter(sites["b"].batches()))
+    inflated = CENTRES[labels] + 100 * (inputs - CENTRES[labels])
+    sites["b"] = dataclasses.replace(sites["b"], batches=lambda: [(inflated, labels)])
+    traces = {}
+    for limit in (0.0, 2.0):
+        federation = Federation(ggeur(trace_limit=limit, sigma="within", statistics="tri", rank=0), sites)
+        geometry = Geometry.from_tensors(select(federation.server.kept, "geometry"))
+        traces[limit] = float(geometry.covariance(0).trace())
+    assert traces[2.0] < 0.01 * traces[0.0]
+
+
+def test_a_site_without_data_weighs_nothing() -> None:
+    federation = Federation(ggeur(), {**three_owners(), "d": owner([0], 0, 4)})
+    updates, _, _ = federation.round()
+    assert updates["d"].examples == 0
+    assert torch.equal(updates["d"].tensors["model/head.weight"], torch.zeros(3, 4))
+    assert bool(torch.isfinite(federation.server.shared["model/head.weight"]).all())
+
+
+def test_steps_are_those_of_the_base_algorithm() -> None:
+    algorithm = ggeur(local_steps=0, local_epochs=2)
+    assert [algorithm._steps(count) for count in (0, 1, 16, 17, 18, 40)] == [0, 2, 2, 2, 4, 6]
+    for sampling in ("on_the_fly", "materialised"):
+        federation = Federation(ggeur(local_steps=0, local_epochs=2, sampling=sampling), three_owners())
+        updates, _, _ = federation.round()
+        assert updates["a"].metrics["steps"] == 6
+
+
+@pytest.mark.parametrize("sampling", ["on_the_fly", "materialised"])
+def test_a_learning_rate_of_zero_returns_the_head_sent(sampling: str) -> None:
+    federation = Federation(ggeur(learning_rate=0.0, sampling=sampling, start="lda"), three_owners())
+    updates, sent, _ = federation.round()
+    for site, update in updates.items():
+        assert all(torch.equal(value, sent[site].tensors[name]) for name, value in update.tensors.items())
+
+
+def test_equal_seeds_give_equal_runs_and_sites_draw_different_noise() -> None:
+    runs = []
+    for _ in range(2):
+        federation = Federation(ggeur(), {"a": owner([0], 40, 1), "b": owner([0], 40, 1)})
+        updates, _, _ = federation.round()
+        runs.append(updates)
+    assert torch.equal(runs[0]["a"].tensors["model/head.weight"], runs[1]["a"].tensors["model/head.weight"])
+    assert not torch.equal(runs[0]["a"].tensors["model/head.weight"], runs[0]["b"].tensors["model/head.weight"])
+
+
+def test_problems_are_named_before_the_run() -> None:
+    algorithm = ggeur(start="lda")
+    federation = Federation(ggeur(), three_owners())
+    server = dataclasses.replace(federation.server, task=dataclasses.replace(federation.server.task, head=None))
+    assert "names no head" in algorithm.check(server)[0]
+
+    class Deep(Head):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))  # type: ignore[assignment]
+
+    deep = dataclasses.replace(federation.server.task, model=Deep)
+    state = Deep().state_dict()
+    server = dataclasses.replace(federation.server, task=deep, initial=state, shared={})
+    assert "more than a linear layer" in algorithm.check(server)[0]
+    assert ggeur().check(server) == []
