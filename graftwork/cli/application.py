@@ -13,6 +13,7 @@ from graftwork.cli.difference import diff
 from graftwork.cli.evaluate import evaluate
 from graftwork.cli.extract_lora import extract_lora
 from graftwork.cli.inspect import inspect
+from graftwork.cli.match import match
 from graftwork.cli.masks import masks
 from graftwork.cli.merge import merge
 from graftwork.cli.methods import methods, schema
@@ -47,7 +48,21 @@ def _options(
     pass
 
 
-for command in (merge, inspect, diff, methods, evaluate, barrier, lmc, masks, extract_lora, verify, schema, demo):
+for command in (
+    merge,
+    inspect,
+    diff,
+    methods,
+    evaluate,
+    match,
+    barrier,
+    lmc,
+    masks,
+    extract_lora,
+    verify,
+    schema,
+    demo,
+):
     app.command()(command)
 
 

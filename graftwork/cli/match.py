@@ -73,6 +73,10 @@ def match(
         raise usage_error("--out is missing: a folder, or FILE.safetensors")
     if sum(item is not None for item in (spec, module, family)) > 1:
         raise usage_error("--spec, --module and --family exclude each other")
+    if method != "weights" and task is None:
+        raise usage_error(f"--method {method} needs --task: file.py:name or package.module:name")
+    if method != "weights" and restarts > 1:
+        raise usage_error(f"--restarts is for --method weights, not {method}")
     with readable_errors(), contextlib.ExitStack() as stack:
         from graftwork.merge.alignment.match import align_checkpoints, find_spec, total_bytes
         from graftwork.merge.checkpoint import Checkpoint

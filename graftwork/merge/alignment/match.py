@@ -230,7 +230,7 @@ def align_checkpoints(
         task: For the latter two.
         permutation_file: Where the permutation goes; beside the output if None.
         seed: Of the order in which groups are visited.
-        restarts: How many descents, of which the best counts.
+        restarts: How many descents, of which the best counts; for weights.
         device: Where scores are formed.
         force: Replace outputs that exist.
         restart: Do not go on with an unfinished output.
@@ -251,7 +251,11 @@ def align_checkpoints(
     spec = spec.verified(shapes_of(a.tensors), what=quoted(a.path)).verified(shapes_of(b.tensors), what=quoted(b.path))
     matching = _matched(spec, a, b, method, task, seed, restarts, device, progress)
     records = {"a": parent_of(a, _label(a, b)), "b": parent_of(b, _label(b, a))}
-    settings = {"method": method, "seed": seed, "restarts": restarts}
+    settings: dict[str, Any] = {"method": method}
+    if method != "activations":
+        settings["seed"] = seed
+    if method == "weights":
+        settings["restarts"] = restarts
     digest = write_reordered(
         b,
         out,
@@ -281,7 +285,7 @@ def align_checkpoints(
             spec.blocks(name),
             matching.gains.get(name),
             moved_share(spec, matching.permutation, name),
-            group.pinned,
+            group.pinned or matching.pinned.get(name, ""),
         )
         for name, group in spec.groups.items()
     )
@@ -305,11 +309,19 @@ def _matched(
     device: str,
     progress: Callable[[MatchingProgress], None] | None,
 ) -> Matching:
-    if method != "weights" and task is None:
-        raise TaskError(f"cannot match by {method}: that needs data; give --task file.py:name")
-    from graftwork.merge.alignment.matching import match_weights
+    if method == "weights":
+        from graftwork.merge.alignment.matching import match_weights
 
-    return match_weights(spec, a, b, seed=seed, restarts=restarts, device=device, progress=progress)
+        return match_weights(spec, a, b, seed=seed, restarts=restarts, device=device, progress=progress)
+    if task is None:
+        raise TaskError(f"cannot match by {method}: that needs data; give --task file.py:name")
+    if method == "activations":
+        from graftwork.merge.alignment.activations import match_activations
+
+        return match_activations(spec, a, b, task, device=device, progress=progress)
+    from graftwork.merge.alignment.straight_through import match_straight_through
+
+    return match_straight_through(spec, a, b, task, seed=seed, device=device, progress=progress)
 
 
 def write_reordered(
