@@ -13,8 +13,8 @@ from graftwork.cli.difference import diff
 from graftwork.cli.evaluate import evaluate
 from graftwork.cli.extract_lora import extract_lora
 from graftwork.cli.inspect import inspect
-from graftwork.cli.match import match
 from graftwork.cli.masks import masks
+from graftwork.cli.match import match
 from graftwork.cli.merge import merge
 from graftwork.cli.methods import methods, schema
 from graftwork.cli.verify import verify
