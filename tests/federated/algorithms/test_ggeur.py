@@ -412,9 +412,7 @@ def owner(classes: list[int], count: int, seed: int) -> Task:
 class Federation:
     """Sites and a server half, called one after the other as the runtime does."""
 
-    def __init__(
-        self, algorithm: GGEUR, sites: dict[str, Task], absent: tuple[str, ...] = (), rounds: int = 10
-    ) -> None:
+    def __init__(self, algorithm: GGEUR, sites: dict[str, Task], absent: tuple[str, ...] = ()) -> None:
         self.algorithm, self.sites, self.absent = algorithm, sites, set(absent)
         self.private: dict[str, dict[str, Tensor]] = {site: {} for site in sites}
         torch.manual_seed(0)
@@ -423,7 +421,7 @@ class Federation:
         shared = prefixed("model", {name: value for name, value in state.items() if name not in self.local})
         test = owner([0, 1, 2], 300, 99)
         self.server = Server(
-            algorithm, test, True, tuple(sorted(sites)), rounds, 0, dict(shared), {}, {}, dict(state),
+            algorithm, test, True, tuple(sorted(sites)), 10, 0, dict(shared), {}, {}, dict(state),
             lambda _: True, self.ask, self.merge,
         )  # fmt: skip
         assert algorithm.check(self.server) == []
@@ -521,11 +519,11 @@ def test_samples_of_missing_classes_are_what_makes_the_difference() -> None:
     """Each site owns one class: after few rounds the published form knows as little as FedAvg, `fill` knows all."""
     found = {}
     for name, algorithm in (
-        ("fill", ggeur()),
-        ("none", ggeur(fill="none")),
-        ("paper", ggeur("ggeur-paper", weights="examples")),
-        ("materialised", ggeur(sampling="materialised")),
-        ("multi", ggeur(mode="multi", per_prototype=20, target_per_class=50)),
+        ("fill", ggeur(local_steps=25)),
+        ("none", ggeur(local_steps=25, fill="none")),
+        ("paper", ggeur("ggeur-paper", local_steps=25)),
+        ("materialised", ggeur(local_steps=25, sampling="materialised")),
+        ("multi", ggeur(local_steps=25, mode="multi", per_prototype=20, target_per_class=50)),
     ):
         federation = Federation(algorithm, three_owners())
         updates, _, _ = federation.round()
