@@ -93,7 +93,9 @@ class FedKASettings(Settings):
         "What sites get to see of the target: nothing but the model, its features, or the inputs themselves.",
     )
     ramp_slope: float = setting(5.0, "How fast α grows.", minimum=0)
-    feature: str = setting("", "Part of the model whose input is aligned; empty: the task's head.")
+    feature: str = setting(
+        "", "Part of the model whose input is aligned; empty: its `neck` if it has one, else the task's head."
+    )
     disentangler_width: int = setting(64, "Hidden units of the discriminator.", minimum=1)
 
     @property
@@ -138,10 +140,11 @@ class FedKA(Algorithm):
         problems = list(super().check(server))
         if problems or not self.settings.aligns:
             return problems
-        name = self.settings.feature or server.task.head
+        module = server.module()
+        name = self._feature(module, server.task.head)
         if not name:
             return ["fedka aligns the input of the model's head, but the task names no head; set feature=NAME"]
-        linear_sizes(server.module(), name)
+        linear_sizes(module, name)
         if self.settings.workspace == "images" and not isinstance(server.inputs(), torch.Tensor):
             return ["fedka can send the target's inputs to the sites only as one tensor; set workspace=bank"]
         return problems
@@ -149,7 +152,8 @@ class FedKA(Algorithm):
     def start(self, server: Server) -> None:
         """Add the discriminator to what is shared, and what sites see of the target to what they are sent."""
         if self.settings.disentangler > 0:
-            width, _ = linear_sizes(server.module(), self._feature(server.task.head))
+            module = server.module()
+            width, _ = linear_sizes(module, self._feature(module, server.task.head))
             with torch_seed(server.seed("disentangler")):
                 disentangler = Disentangler(width, self.settings.disentangler_width)
             server.shared.update(prefixed(DISENTANGLER, disentangler.state_dict()))
@@ -202,8 +206,11 @@ class FedKA(Algorithm):
                 recalibrate(module, server.inputs(), forward=_forward(server))
                 server.put_module(module)
 
-    def _feature(self, head: str | None) -> str:
-        return self.settings.feature or head or ""
+    def _feature(self, module: nn.Module, head: str | None) -> str:
+        """Return the part of a model whose input is the feature; empty if there is none."""
+        if self.settings.feature:
+            return str(self.settings.feature)
+        return "neck" if any(name == "neck" for name, _ in module.named_children()) else head or ""
 
     def _fill_workspace(self, server: Server) -> None:
         if not self.settings.aligns:
@@ -212,8 +219,9 @@ class FedKA(Algorithm):
         if self.settings.workspace == "images":
             server.kept.setdefault(TARGET, inputs)
             return
-        name = self._feature(server.task.head)
-        with recalibrated(server.module(), inputs, forward=_forward(server)) as module:
+        module = server.module()
+        name = self._feature(module, server.task.head)
+        with recalibrated(module, inputs, forward=_forward(server)):
             server.kept[BANK] = embed(server.task, module, inputs, name)
 
     def _voted_on(self, server: Server, count: int) -> Tensor:
@@ -299,7 +307,7 @@ class _Alignment:
 
     def __init__(self, algorithm: FedKA, client: Client, module: nn.Module) -> None:
         self.client, self.module, self.settings = client, module, algorithm.settings
-        self.name = algorithm._feature(client.task.head)
+        self.name = algorithm._feature(module, client.task.head)
         self.disentangler: Disentangler | None = None
         self.bank, self.target = self._target()
         self.sums = {"loss": 0.0, "domain_loss": 0.0, "domain_accuracy": 0.0, "discrepancy": 0.0}
