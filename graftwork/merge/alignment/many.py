@@ -389,9 +389,9 @@ def _best_step(
     places = (1 - np.cos(np.pi * np.arange(degree + 1) / degree)) / 2
     values = [value] + [_pairs(pieces, parts, _mixed(relaxed, vertices, float(place))) for place in places[1:]]
     polynomial = np.polynomial.Polynomial.fit(places, values, degree)
-    candidates = [
-        float(root.real) for root in polynomial.deriv().roots() if abs(root.imag) < 1e-9 and 0 < root.real < 1
-    ]
+    roots = np.asarray(polynomial.deriv().roots(), dtype=np.complex128)
+    inside = (np.abs(roots.imag) < 1e-9) & (roots.real > 0) & (roots.real < 1)
+    candidates = [float(root) for root in roots[inside].real]
     share = max([0.0, 1.0, *candidates], key=lambda place: float(polynomial(place)))
     if share == 0.0:
         return 0.0, value

@@ -183,6 +183,52 @@ def match_weights(
     )
 
 
+def matching_of(
+    spec: PermutationSpec,
+    a: Source,
+    b: Source,
+    permutation: Permutation,
+    *,
+    gains: Mapping[str, float],
+    sweeps: int,
+    solves: int,
+    seconds: Mapping[str, float],
+    device: str = "cpu",
+) -> Matching:
+    """Return an order that was found by something else than weights, with what it does to the weights.
+
+    Args:
+        spec: Of both models.
+        a: The model that stays.
+        b: The model whose units are re-ordered.
+        permutation: The order.
+        gains: By group, in whatever unit it was found.
+        sweeps: Passes that it took.
+        solves: Assignments that it took.
+        seconds: Wall time by part.
+        device: Where tensors are summed.
+    """
+    from graftwork.merge.alignment.scores import one_thread_each, reader
+
+    read_a, read_b = reader(a, "the first model", device), reader(b, "the second model", device)
+    with one_thread_each():
+        before = _measures(spec, identity(spec), read_a, read_b)
+        after = _measures(spec, permutation, read_a, read_b)
+    return Matching(
+        permutation=permutation,
+        objective_before=before.objective,
+        objective_after=after.objective,
+        log=(after.objective,),
+        gains=gains,
+        distance_before=before.squared_distance**0.5,
+        distance_after=after.squared_distance**0.5,
+        sweeps=sweeps,
+        solves=solves,
+        seconds=seconds,
+        pinned={name: group.pinned for name, group in spec.groups.items() if group.pinned},
+    )
+
+
 def match_in_stages(
     spec: PermutationSpec, a: Source, b: Source, *, stream: Sequence[str] = ("residual",), **settings: Any
 ) -> Matching:
@@ -407,7 +453,7 @@ class _Descent:
         """Solve a group with the groups within it: the best orders inside for each pair of units, then the pairs."""
         bench = self.bench
         scores = {matrix.groups: self._scores(matrix, known) for matrix in bench.matrices[node]}
-        nested = _Nested(bench.spec, node, bench.nodes[node], scores)
+        nested = NestedGroups(bench.spec, node, bench.nodes[node], scores)
         old = {name: bench.orders[name] for name in (node, *bench.nodes[node])}
         new = self.clock.measured("assignment", lambda: nested.solve(old))
         before, after = nested.value(old), nested.value(new)
@@ -427,7 +473,7 @@ class _Descent:
 # Groups within groups
 
 
-class _Nested:
+class NestedGroups:
     """The problem of one group and the groups within it, all else fixed.
 
     Args:
