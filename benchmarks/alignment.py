@@ -11,7 +11,8 @@ goes on where it was; a case that is there is not measured again. Tables go to s
              matching; five pairs per width.
 `batchnorm`  a residual network with BatchNorm, 32 channels, two pairs: what BatchNorm re-estimation and REPAIR do.
 `lenets`     two pairs of LeNets that others trained on MNIST and SVHN, if `--data FOLDER` has them.
-`many`       three perceptrons: loss over the simplex after weight matching and after the straight-through estimator.
+`many`       three perceptrons, widths 128 and 512: loss over the simplex after weight matching to the first, after the
+             straight-through estimator, and in a common order of all three.
 
 All of it takes about an hour on one core; width 2048 is more than half of that.
 """
@@ -130,7 +131,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[train], labels[train], images[test], labels[test]
 
 
-def batches(images: Tensor, labels: Tensor, size: int = 500) -> list[tuple[Tensor, Tensor]]:
+def batches(images: Tensor, labels: Tensor, size: int = 256) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(size), labels.split(size), strict=True))
 
 
@@ -296,12 +297,20 @@ def measure_many(folder: Path, width: int, method: str) -> dict[str, Any]:
     started = time.process_time()
     if method == "weights":
         b, c = (matched(a, other)[2] for other in (b, c))
-    elif method == "ste":
+    elif method == "straight-through":
         from graftwork.merge.alignment.straight_through import match_straight_through
 
-        spec, _, _, _ = matched(a, b)
+        spec = matched(a, b)[0]
         b, c = (
             apply_permutation(spec, match_straight_through(spec, a, other, task).permutation, other) for other in (b, c)
+        )
+    elif method in ("merge many", "universe"):
+        from graftwork.merge.alignment.many import match_universe, merge_many
+
+        spec = matched(a, b)[0]
+        common = (merge_many if method == "merge many" else match_universe)(spec, [a, b, c])
+        a, b, c = (
+            apply_permutation(spec, order, model) for order, model in zip(common.permutations, (a, b, c), strict=True)
         )
     seconds = time.process_time() - started
     found: dict[str, Any] = {"width": width, "method": method, "matching_cpu_seconds": seconds}
@@ -602,16 +611,9 @@ def main() -> None:
         measured = [
             results.get(f"three of width {width}, {method}", partial(measure_many, folder, width, method))
             for width in MANY_WIDTHS
-            for method in ("naive", "weights", "ste")
-            if method != "ste" or has_straight_through()
+            for method in ("naive", "weights", "straight-through", "merge many", "universe")
         ]
         show_many(measured)
-
-
-def has_straight_through() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("graftwork.merge.alignment.straight_through") is not None
 
 
 if __name__ == "__main__":
