@@ -272,7 +272,7 @@ def trained(algorithm: FedKA, server: Server, sites: dict[str, Task]) -> list[Re
 
 
 SITES = {"a": task("a", *blobs(64, 1)), "b": task("b", *blobs(64, 2, shift=0.3))}
-TARGET = task("target", *blobs(96, 3, shift=2.2, scale=2.0), unlabelled=True)
+TARGET = task("target", *blobs(96, 3, shift=2.6, scale=2.0), unlabelled=True)
 
 
 def taught(round: int = 1, **given: Any) -> tuple[FedKA, Server, list[Reply]]:
@@ -377,7 +377,7 @@ def test_by_default_nothing_of_the_target_reaches_a_site() -> None:
 def test_alignment_brings_features_of_site_and_target_together(workspace: str) -> None:
     distances = {}
     for weight in (0.0, 1.0):
-        algorithm = settings(discrepancy=max(weight, 1e-9), workspace=workspace, voting=False, local_epochs=5)
+        algorithm = settings(discrepancy=max(weight, 1e-9), workspace=workspace, voting=False, local_epochs=8)
         server = server_of(algorithm, TARGET, round=4)
         algorithm.start(server)
         sent = set(algorithm.outgoing(server, "a").tensors) - set(server.shared)
