@@ -155,6 +155,11 @@ class _Builder:
             "if it is another architecture, give --module or --spec"
         )
 
+    def require(self, *names: str) -> None:
+        """Refuse a checkpoint that lacks one of these tensors, without which it is another network."""
+        for name in names:
+            self.length(name, 0)
+
     # ------------------------------------------------------------ writing
 
     def group(self, name: str, size: int, *, within: str | None = None) -> str:
@@ -448,6 +453,8 @@ def _gpt2(builder: _Builder) -> None:
     heads = _heads(builder, "n_head", "num_attention_heads")
     for number in builder.numbers(r"h\.(\d+)\."):
         layer = f"h.{number}"
+        parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        builder.require(*(f"{layer}.{name}.weight" for name in parts))
         for norm in ("ln_1", "ln_2"):
             builder.norm(f"{layer}.{norm}", residual)
         attention = _attention(builder, f"{builder.prefix}{layer}", width, heads)
@@ -493,6 +500,8 @@ def _llama(builder: _Builder) -> None:
     key_heads = _heads(builder, "num_key_value_heads")
     for number in builder.numbers(r"layers\.(\d+)\."):
         layer = f"layers.{number}"
+        builder.require(*(f"{layer}.self_attn.{name}_proj.weight" for name in "qkvo"))
+        builder.require(*(f"{layer}.mlp.{name}_proj.weight" for name in ("up", "down")))
         for norm in _LLAMA_NORMS:
             builder.norm(f"{layer}.{norm}", residual)
         width = builder.length(f"{layer}.self_attn.q_proj.weight", 0)
@@ -588,6 +597,8 @@ def _encoder(builder: _Builder, width: int, residual: Axis, attention: str, norm
     heads = _heads(builder, "num_attention_heads")
     for number in builder.numbers(r"encoder\.layer\.(\d+)\."):
         layer = f"encoder.layer.{number}"
+        builder.require(*(f"{layer}.{attention}.{name}.weight" for name in ("query", "key", "value")))
+        builder.require(*(f"{layer}.{name}.dense.weight" for name in ("attention.output", "intermediate", "output")))
         for norm in norms:
             builder.norm(f"{layer}.{norm}", residual)
         axes = _attention(builder, f"{builder.prefix}{layer}", width, heads)
