@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 Score = Literal["correlation", "product"]
 
 _UNSEEN = "no module shows its activations"
+_CONSTANT = 1e-6
+"""A unit whose standard deviation is below this share of its mean, or of the largest one, varies by rounding only."""
+
 _CHUNK = 1 << 16
 """Examples and positions that are summed at a time."""
 
@@ -238,6 +241,8 @@ class Moments:
 
     def score(self, kind: Score) -> NDArray[np.float64]:
         """Return the score of each pair of units, float64 (units, units)."""
+        import torch
+
         assert self.products is not None
         means = [total / self.count for total in self.sums]
         covariance = self.products / self.count - means[0][:, None] * means[1]
@@ -250,10 +255,13 @@ class Moments:
             (square / self.count - mean.square()).clamp(min=0).sqrt()
             for square, mean in zip(self.squares, means, strict=True)
         ]
+        constant = [
+            deviation <= _CONSTANT * torch.maximum(deviation.max(), (mean + shift).abs())
+            for deviation, mean, shift in zip(deviations, means, self.shifts, strict=True)
+        ]
         scale = deviations[0][:, None] * deviations[1]
-        # What varies by rounding only is as good as constant.
-        floor = 1e-12 * float(scale.max())
-        result = (covariance / scale.clamp(min=1e-300)).where(scale > floor, 0.0).cpu().numpy()
+        unknown = constant[0][:, None] | constant[1]
+        result = (covariance / scale.where(~unknown, 1.0)).where(~unknown, 0.0).cpu().numpy()
         return result
 
 
