@@ -133,7 +133,7 @@ def test_a_reordered_copy_is_found_from_what_it_computes(network: str) -> None:
             exact += 1
             for name, value in a.items():
                 assert torch.equal(restored[name], value), name
-    assert exact >= 4
+    assert exact >= 3
 
 
 def outputs(task: Task, tensors: Model) -> Tensor:
