@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -163,12 +164,15 @@ def lmc(
         pair = _read(a, b, allow_pickle, loaded, chosen)
         assert pair.spec is not None
         assert pair.permutation is not None
-        analysis = analyse(pair.spec, pair.a, pair.b, pair.permutation)
+        progress = _Progress("tensors", shown=not quiet)
+        analysis = analyse(pair.spec, pair.a, pair.b, pair.permutation, progress=progress.tell)
         curves: list[Curve] = []
         calibrated: list[Calibrated] = []
+        deviations: dict[str, dict[str, float]] = {}
         if loaded is not None:
             curves = _measure(loaded, pair, points, split or [Split.TEST], renormalize, device, quiet)
             calibrated = _calibrate(loaded, pair, (split or [Split.TEST])[0], device)
+            deviations = _deviations(loaded, pair, device)
         if picture is not None:
             _draw_analysis(analysis, curves, picture, a, b)
         if as_json:
@@ -176,6 +180,7 @@ def lmc(
             if loaded is not None:
                 record["task"] = loaded.name
                 record["curves"] = [curve.record() for curve in curves]
+                record["deviation_ratios"] = deviations
                 record["calibrated"] = [
                     {name: getattr(item, name) for name in type(item).__slots__} for item in calibrated
                 ]
@@ -185,6 +190,9 @@ def lmc(
         if curves:
             print()
             _print_curves(curves)
+        if deviations:
+            print()
+            _print_deviations(deviations)
         if calibrated:
             print()
             _print_calibrated(calibrated)
@@ -321,7 +329,9 @@ def _measure(
     if renormalize is None:
         renormalize = list(Statistics) if has_batch_norm(task) else []
     ways: list[Renormalization] = ["none", *(way.value for way in dict.fromkeys(renormalize))]
-    progress = _PointProgress(len(pair.others) * len(ways) * points, shown=not quiet)
+    progress = _Progress("points", shown=not quiet)
+    total = len(pair.others) * len(ways) * points
+    done = itertools.count(1)
     curves = [
         curve
         for label, other in pair.others.items()
@@ -335,7 +345,7 @@ def _measure(
             renormalization=way,
             label=label + _SUFFIXES[way],
             device=device,
-            progress=progress.advance,
+            progress=lambda _: progress.tell(next(done), total),
         )
     ]
     used = {curve.split for curve in curves}
@@ -345,24 +355,40 @@ def _measure(
     return curves
 
 
-class _PointProgress:
-    """Says every ten seconds how many points are measured."""
+class _Progress:
+    """Says every ten seconds how much is measured."""
 
-    def __init__(self, total: int, *, shown: bool) -> None:
-        self.total = total
+    def __init__(self, what: str, *, shown: bool) -> None:
+        self.what = what
         self.shown = shown
-        self.done = 0
         self.start = time.monotonic()
         self.told = self.start - _LINE_SECONDS + _QUIET_SECONDS
 
-    def advance(self, _: float) -> None:
-        self.done += 1
+    def tell(self, done: int, total: int) -> None:
+        """Take note of how many of how many are done."""
         now = time.monotonic()
-        if self.shown and self.done < self.total and now - self.told >= _LINE_SECONDS:
+        left = (now - self.start) / done * (total - done)
+        if self.shown and left >= 1 and now - self.told >= _LINE_SECONDS:
             self.told = now
-            left = (now - self.start) / self.done * (self.total - self.done)
-            if left >= 1:
-                tell(f"measuring: {self.done} of {self.total} points, {duration(left)} left")
+            tell(f"measuring: {done} of {total} {self.what}, {duration(left)} left")
+
+
+def _deviations(task: Task, pair: _Pair, device: str) -> dict[str, dict[str, float]]:
+    """Return label → layer → how far the activations of the plain mean vary, relative to the parents'."""
+    from graftwork.merge.alignment.barrier import interpolate
+    from graftwork.merge.alignment.renormalize import Renormalizer
+    from graftwork.merge.errors import TaskError
+
+    try:
+        return {
+            label: Renormalizer(task, [pair.a, other], device=device).deviation_ratios(
+                interpolate([pair.a, other], [0.5, 0.5])
+            )
+            for label, other in pair.others.items()
+        }
+    except TaskError as error:
+        tell(f"note: {error}")
+        return {}
 
 
 def _calibrate(task: Task, pair: _Pair, split: Split, device: str) -> list[Calibrated]:
@@ -456,6 +482,16 @@ def _print_analysis(analysis: Analysis, a: Path, b: Path) -> None:
     )
     if len(shown) < len(analysis.tensors):
         tell(f"{len(analysis.tensors) - len(shown)} tensors that are nearer are not shown; --json has all")
+
+
+def _print_deviations(deviations: Mapping[str, Mapping[str, float]]) -> None:
+    layers = next(iter(deviations.values()))
+    rows = [(layer, *(f"{ratios[layer]:.3f}" for ratios in deviations.values())) for layer in layers]
+    print_table(
+        rows[:_MOST_TENSORS], head=("variation of the mean's activations", *deviations), right=range(1, len(rows[0]))
+    )
+    if len(rows) > _MOST_TENSORS:
+        tell(f"{len(rows) - _MOST_TENSORS} deeper layers are not shown; --json has all")
 
 
 def _print_calibrated(calibrated: Sequence[Calibrated]) -> None:

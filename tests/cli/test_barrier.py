@@ -179,6 +179,8 @@ def test_lmc_with_a_task_has_curves_and_temperatures(command: Command, here: Pat
     calibrated = {item["model"]: item for item in record["calibrated"]}
     assert list(calibrated) == ["A", "B", "naive, λ = ½", "aligned, λ = ½"]
     assert calibrated["A"]["calibrated"] == pytest.approx(calibrated["aligned, λ = ½"]["calibrated"], rel=1e-3)
+    assert record["deviation_ratios"]["aligned"] == pytest.approx({"0": 1, "2": 1}, rel=1e-4)
+    assert max(record["deviation_ratios"]["naive"].values()) < 0.9
     assert "temperature" in command("lmc", *BARRIER[1:], "--points", 3).out
     without = command("lmc", "a.safetensors", "b.safetensors", "-t", "tasks.py:untested", "--points", 3)
     assert without.code == 0

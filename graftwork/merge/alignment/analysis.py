@@ -18,15 +18,15 @@ are computed, and sums over directions run over these.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from graftwork.merge.alignment.apply import Permutation, apply_permutation
-from graftwork.merge.alignment.barrier import check_alike, check_finite, interpolate
+from graftwork.merge.alignment.apply import Permutation, permute_tensor
+from graftwork.merge.alignment.barrier import check_alike, check_finite
 from graftwork.merge.alignment.spec import PermutationSpec
 from graftwork.merge.checkpoint import quoted
 from graftwork.merge.errors import MismatchError, TaskError
@@ -122,43 +122,51 @@ def agreement(
     a: Mapping[str, Decomposition], b: Mapping[str, Decomposition], gammas: Sequence[float] = GAMMAS
 ) -> Agreement:
     """Return R and ρ of two models, from the decompositions of the same tensors."""
-    sums = dict.fromkeys(gammas, 0.0)
-    counts = dict.fromkeys(gammas, 0)
-    inner = bound = 0.0
+    sums = _AgreementSums(gammas)
     for name, one in a.items():
-        other = b[name]
+        sums.add(one, b[name])
+    return sums.result()
+
+
+class _AgreementSums:
+    """The sums of R and ρ, tensor by tensor."""
+
+    def __init__(self, gammas: Sequence[float] = GAMMAS) -> None:
+        self.sums = dict.fromkeys(gammas, 0.0)
+        self.counts = dict.fromkeys(gammas, 0)
+        self.inner = self.bound = 0.0
+
+    def add(self, one: Decomposition, other: Decomposition) -> None:
         overlaps = (one.left.T @ other.left) * (one.right @ other.right.T)
-        inner += float(one.values @ overlaps @ other.values)
+        self.inner += float(one.values @ overlaps @ other.values)
         common = min(len(one.values), len(other.values))
-        bound += float(one.values[:common] @ other.values[:common])
-        for gamma in gammas:
+        self.bound += float(one.values[:common] @ other.values[:common])
+        for gamma in self.sums:
             rows, columns = one.rank(gamma), other.rank(gamma)
-            sums[gamma] += float(overlaps[:rows, :columns].sum())
-            counts[gamma] += min(rows, columns)
-    return Agreement(
-        {gamma: sums[gamma] / counts[gamma] if counts[gamma] else math.nan for gamma in gammas},
-        inner / bound if bound else math.nan,
-    )
+            self.sums[gamma] += float(overlaps[:rows, :columns].sum())
+            self.counts[gamma] += min(rows, columns)
+
+    def result(self) -> Agreement:
+        return Agreement(
+            {gamma: self.sums[gamma] / count if count else math.nan for gamma, count in self.counts.items()},
+            self.inner / self.bound if self.bound else math.nan,
+        )
 
 
-def check_singular_values(before: Mapping[str, Decomposition], after: Mapping[str, Decomposition]) -> float:
-    """Return by how much singular values differ at most, relative to the largest of their tensor.
+def check_singular_values(name: str, before: Decomposition, after: Decomposition) -> float:
+    """Return by how much singular values of a tensor differ at most, relative to the largest.
 
     Raises:
         MismatchError: By more than `TOLERANCE`: what was done is no permutation of rows and columns.
     """
-    changes = {}
-    for name, old in before.items():
-        scale = float(old.values[0]) if len(old.values) and old.values[0] > 0 else 1.0
-        changes[name] = float(np.abs(old.values - after[name].values).max(initial=0.0)) / scale
-    largest = max(changes.values(), default=0.0)
-    if not largest <= TOLERANCE:
-        name = max(changes, key=lambda key: changes[key])
+    scale = float(before.values[0]) if len(before.values) and before.values[0] > 0 else 1.0
+    change = float(np.abs(before.values - after.values).max(initial=0.0)) / scale
+    if not change <= TOLERANCE:
         raise MismatchError(
-            f"the alignment changed singular values of {quoted(name)} by {changes[name]:.1e} of the largest, "
+            f"the alignment changed singular values of {quoted(name)} by {change:.1e} of the largest, "
             f"more than {TOLERANCE:g}; a permutation cannot do that, so what was applied is none: look at its spec"
         )
-    return largest
+    return change
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +273,14 @@ def counted_tensors(spec: PermutationSpec, model: Model) -> list[str]:
     ]
 
 
-def analyse(spec: PermutationSpec, a: Model, b: Model, permutation: Permutation) -> Analysis:
+def analyse(
+    spec: PermutationSpec,
+    a: Model,
+    b: Model,
+    permutation: Permutation,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Analysis:
     """Return what aligning b to a does to distances, singular values and singular directions.
 
     Args:
@@ -273,6 +288,7 @@ def analyse(spec: PermutationSpec, a: Model, b: Model, permutation: Permutation)
         a: The state dict that is aligned to.
         b: The state dict whose units are re-ordered.
         permutation: The orders that take b to a.
+        progress: Called with how many tensors are done, and of how many.
 
     Raises:
         MismatchError: The models differ in architecture, or the permutation changes singular values.
@@ -283,36 +299,40 @@ def analyse(spec: PermutationSpec, a: Model, b: Model, permutation: Permutation)
     names = counted_tensors(spec, a)
     if not names:
         raise MismatchError("cannot analyse these models: the permutation spec counts none of their tensors")
-    aligned = apply_permutation(spec, permutation, dict(b))
-    merged = interpolate([a, aligned], [0.5, 0.5])
-    parts_a, parts_b, parts_aligned, parts_merged = (decompose_all(model, names) for model in (a, b, aligned, merged))
-    change = check_singular_values(parts_b, parts_aligned)
-    tensors = []
+    tensors: list[TensorAnalysis] = []
+    change = 0.0
+    before, after, with_a, with_b = (_AgreementSums() for _ in range(4))
     for name in names:
-        parts = parts_a.get(name)
-        values = None if parts is None else parts.values
-        norm = None if values is None else float(np.linalg.norm(values))
+        aligned = permute_tensor(spec, permutation, name, b[name])
+        spectrum, is_whole = None, True
+        if a[name].ndim > 1 and a[name].numel():
+            one, other, moved = decompose(a[name]), decompose(b[name]), decompose(aligned)
+            change = max(change, check_singular_values(name, other, moved))
+            merged = decompose((a[name].double() + aligned.double()) / 2)
+            for sums, first, second in (
+                (before, one, other),
+                (after, one, moved),
+                (with_a, merged, one),
+                (with_b, merged, moved),
+            ):
+                sums.add(first, second)
+            scale = float(np.linalg.norm(one.values))
+            spectrum = float(np.linalg.norm(one.values - other.values)) / scale if scale else None
+            is_whole = one.is_whole
         tensors.append(
-            TensorAnalysis(
-                name,
-                norm=_norm(a[name]),
-                before=_norm(a[name], b[name]),
-                after=_norm(a[name], aligned[name]),
-                spectrum=None
-                if values is None or not norm
-                else float(np.linalg.norm(values - parts_b[name].values)) / norm,
-                is_whole=parts is None or parts.is_whole,
-            )
+            TensorAnalysis(name, _norm(a[name]), _norm(a[name], b[name]), _norm(a[name], aligned), spectrum, is_whole)
         )
+        if progress is not None:
+            progress(len(tensors), len(names))
     return Analysis(
         tuple(tensors),
         before=math.hypot(*(tensor.before for tensor in tensors)),
         after=math.hypot(*(tensor.after for tensor in tensors)),
         singular_value_change=change,
-        agreement_before=agreement(parts_a, parts_b),
-        agreement_after=agreement(parts_a, parts_aligned),
-        merged_with_a=agreement(parts_merged, parts_a),
-        merged_with_b=agreement(parts_merged, parts_aligned),
+        agreement_before=before.result(),
+        agreement_after=after.result(),
+        merged_with_a=with_a.result(),
+        merged_with_b=with_b.result(),
     )
 
 

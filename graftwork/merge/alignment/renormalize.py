@@ -124,6 +124,30 @@ class Renormalizer:
             name: state[name].to("cpu", tensor.dtype) if name in changed else tensor for name, tensor in tensors.items()
         }
 
+    def deviation_ratios(
+        self, tensors: Mapping[str, Tensor], weights: Sequence[float] | None = None
+    ) -> dict[str, float]:
+        """Return, for each layer, how far a mixture's activations vary, relative to what `repair` would restore.
+
+        It is the root of the mean variance over channels, by that of the parents' mean deviations: below 1 where
+        averaging has taken variation away.
+
+        Raises:
+            MismatchError: The parents were not measured, because the method is not `repair`.
+        """
+        goals = self._goals(weights)
+        if goals is None:
+            raise MismatchError("cannot compare activations with the parents': only repair measures them")
+        with own_random_state(self._device):
+            module = fit(self.task, tensors, name="the merged model")
+        run = _Run(self.task, module, self._device, f"cannot measure the merged model on task {self._task}")
+        found = measure(run, find_places(run, "repair"))
+        ratios = {}
+        for name, goal in goals.items():
+            wanted = math.sqrt(float(goal.deviation.square().mean()))
+            ratios[name] = math.sqrt(float(found[name].variance.mean())) / wanted if wanted else math.nan
+        return ratios
+
     @property
     def _task(self) -> str:
         return quoted(self.task.name)

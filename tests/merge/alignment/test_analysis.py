@@ -173,14 +173,18 @@ def test_of_large_matrices_the_largest_directions_are_computed(monkeypatch: pyte
 
 
 def test_what_is_no_permutation_is_found_out_by_its_singular_values() -> None:
-    model = network(1)
-    before = decompose_all(model, ["0.weight"])
-    wrong = {"0.weight": model["0.weight"].clone()}
-    wrong["0.weight"][0] = wrong["0.weight"][1]
+    weight = network(1)["0.weight"]
+    wrong = weight.clone()
+    wrong[0] = wrong[1]
     with pytest.raises(MismatchError, match=r'changed singular values of "0\.weight" by .* look at its spec'):
-        check_singular_values(before, decompose_all(wrong, ["0.weight"]))
-    rounded = {"0.weight": model["0.weight"] * (1 + 1e-7)}
-    assert 0 < check_singular_values(before, decompose_all(rounded, ["0.weight"])) < 1e-6
+        check_singular_values("0.weight", decompose(weight), decompose(wrong))
+    assert 0 < check_singular_values("0.weight", decompose(weight), decompose(weight * (1 + 1e-7))) < 1e-6
+
+
+def test_every_tensor_is_told_of() -> None:
+    told: list[tuple[int, int]] = []
+    analyse(SPEC, network(1), network(2), {}, progress=lambda done, of: told.append((done, of)))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_tied_names_count_once() -> None:
@@ -193,7 +197,12 @@ def test_tied_names_count_once() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "error", "message"),
     [
-        (network(1), {**network(2), "0.weight": torch.ones(13, 7)}, MismatchError, r'\[12, 7\] in "A" and \[13, 7\] in "B"'),
+        (
+            network(1),
+            {**network(2), "0.weight": torch.ones(13, 7)},
+            MismatchError,
+            r'\[12, 7\] in "A" and \[13, 7\] in "B"',
+        ),
         (network(1), {**network(2), "extra": torch.ones(3)}, MismatchError, 'only "B" has "extra"'),
         (network(1), {**network(2), "2.bias": torch.full((3,), math.nan)}, DataError, 'measure "B": .* "2.bias"'),
         ({"x": torch.ones(2)}, {"x": torch.ones(2)}, MismatchError, "counts none of their tensors"),

@@ -188,7 +188,11 @@ WELL = landscape(double_well)
     [
         (lambda: measure_barrier(WELL, point(0.0), point(1.0), points=24), MismatchError, "24 points; use an odd"),
         (lambda: measure_barrier(WELL, point(0.0), point(1.0), points=1), MismatchError, "1 points; use an odd"),
-        (lambda: measure_barrier(WELL, point(0.0), point(1.0, 2.0)), MismatchError, r'"w" has shape \[1\] in "A" and \[2\] in "B"'),
+        (
+            lambda: measure_barrier(WELL, point(0.0), point(1.0, 2.0)),
+            MismatchError,
+            r'"w" has shape \[1\] in "A" and \[2\] in "B"',
+        ),
         (lambda: measure_barrier(WELL, point(0.0), {}), MismatchError, 'only "A" has "w"'),
         (lambda: measure_barrier(WELL, point(0.0), point(math.nan)), DataError, 'measure "B": .* not finite in "w"'),
         (lambda: measure_barrier(WELL, {"v": ONE}, {"v": ONE}), TaskError, "missing"),

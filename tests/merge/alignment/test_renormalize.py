@@ -298,6 +298,17 @@ def test_parents_are_measured_once_for_many_mixtures() -> None:
     assert torch.equal(repair(mean(a, b))["0.weight"], renormalize(task(), mean(a, b), [a, b])["0.weight"])
 
 
+def test_a_mean_varies_less_than_its_parents_and_repaired_it_does_not() -> None:
+    a, b = network(1), network(2)
+    repair = Renormalizer(task(), [a, b])
+    assert repair.deviation_ratios(a, [1, 0]) == pytest.approx({"0": 1, "2": 1})
+    ratios = repair.deviation_ratios(mean(a, b))
+    assert ratios["2"] < ratios["0"] < 0.9
+    assert repair.deviation_ratios(repair(mean(a, b))) == pytest.approx({"0": 1, "2": 1}, rel=1e-4)
+    with pytest.raises(MismatchError, match="only repair measures them"):
+        Renormalizer(task(), method="bn").deviation_ratios(a)
+
+
 def twice_normalized() -> nn.Module:
     norm = nn.BatchNorm1d(3)
     return nn.Sequential(norm, nn.Linear(3, 3), norm)
