@@ -114,7 +114,7 @@ def match(
             device=device,
             force=force,
             restart=restart,
-            progress=None if quiet else _matching_lines(restarts),
+            progress=None if quiet else matching_lines(restarts),
             written=written,
         )
         if report is not None:
@@ -125,7 +125,7 @@ def match(
             _print(result)
 
 
-def _matching_lines(restarts: int) -> Callable[[MatchingProgress], None]:
+def matching_lines(restarts: int) -> Callable[[MatchingProgress], None]:
     """Return what says every ten seconds how far the search is."""
     started = last = time.monotonic()
 
