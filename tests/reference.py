@@ -711,7 +711,7 @@ def _geometric_median(  # type: ignore[no-untyped-def]
 # --- The others -----------------------------------------------------------------------------------------------------
 
 
-def _sce(base, x, *, scores, select_topk=1.0, select="entries"):  # type: ignore[no-untyped-def]
+def _sce(base, x, *, scores, select_topk=1.0, select="entries", lambda_=1.0):  # type: ignore[no-untyped-def]
     """Select the entries that vary most between models, weigh models by their energy there, erase the minority sign."""
     count = len(x)
     differences = [model - base for model in x]
@@ -753,7 +753,7 @@ def _sce(base, x, *, scores, select_topk=1.0, select="entries"):  # type: ignore
         size = size + weights[i] * agrees * (np.abs(x[i]) + np.abs(base))
         divisor = divisor + weights[i] * agrees
     safe = np.where(divisor == 0, 1.0, divisor)
-    return Result(base + numerator / safe, np.abs(base) + size / safe, details)
+    return Result(base + lambda_ * numerator / safe, np.abs(base) + abs(lambda_) * size / safe, details)
 
 
 def _nearswap(base, x, *, scores, t):  # type: ignore[no-untyped-def]
@@ -771,12 +771,12 @@ def _changes(base, x, epsilon):  # type: ignore[no-untyped-def]
     return changed, np.sum(changed, axis=0)
 
 
-def _ram(base, x, *, scores, epsilon=1e-5):  # type: ignore[no-untyped-def]
+def _ram(base, x, *, scores, epsilon=1e-5, lambda_=1.0):  # type: ignore[no-untyped-def]
     """Where one model changed the entry take its change, where several did take their mean."""
-    return _ramplus_tl(base, x, scores=scores, epsilon=epsilon, r=0.0, alpha=0.0)
+    return _ramplus_tl(base, x, scores=scores, epsilon=epsilon, r=0.0, alpha=0.0, lambda_=lambda_)
 
 
-def _ramplus_tl(base, x, *, scores, epsilon=1e-5, r=0.1, alpha=0.2):  # type: ignore[no-untyped-def]
+def _ramplus_tl(base, x, *, scores, epsilon=1e-5, r=0.1, alpha=0.2, lambda_=1.0):  # type: ignore[no-untyped-def]
     """As ram, and a model's lone changes are enlarged by its ratio of shared to lone changes."""
     changed, holders = _changes(base, x, epsilon)
     divisor = np.maximum(holders, 1)
@@ -789,7 +789,7 @@ def _ramplus_tl(base, x, *, scores, epsilon=1e-5, r=0.1, alpha=0.2):  # type: ig
         else:
             ratio = alpha if shared_count else 0.0
         factors.append(1.0 + r * ratio)
-        factor = np.where(lone, factors[-1], np.where(shared, 1.0 / divisor, 0.0))
+        factor = lambda_ * np.where(lone, factors[-1], np.where(shared, 1.0 / divisor, 0.0))
         value = value + factor * (model - base)
         magnitude = magnitude + np.abs(factor) * (np.abs(model) + np.abs(base))
     return Result(value, magnitude, {"masks": changed, "factors": np.array(factors)})

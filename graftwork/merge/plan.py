@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from graftwork.merge import dtypes, lineage
+from graftwork.merge import dtypes, lineage, lines
 from graftwork.merge.adapter import open_adapted
 from graftwork.merge.checkpoint import BLOCK, Checkpoint, TensorEntry
 from graftwork.merge.companions import Beside, Files, check_parent, companions_of, opened
@@ -103,6 +103,8 @@ class Plan:
         donor: Position of the input that gives configuration and side files.
         options: How it is carried out.
         files: What is read beside the models, by kind; these files are the last of the checkpoints.
+        positions: Where the layer of each merged tensor stands, from 0 to 1; 0 outside the layers.
+        alpha: The first of the recipe's `lines`, once it is known and the factors are in the steps.
         origin: Method and recipe that the output's lineage names, if they are not this plan's own.
     """
 
@@ -117,6 +119,8 @@ class Plan:
     donor: int
     options: Options
     files: Files = field(default_factory=dict)
+    positions: dict[str, float] = field(default_factory=dict)
+    alpha: float | None = None
     origin: tuple[str, str] | None = None
     _unread: list[Input] | None = field(default=None, repr=False)
 
@@ -330,6 +334,7 @@ class _Planner:
         self._scalars: dict[tuple[int, str, str], Any] = {}
         self._pooled: dict[str, dict[str, Any]] = {}
         self._failed: dict[str, list[str]] = {}
+        self.positions: dict[str, float] = {}
 
     def plan(self) -> Plan:
         try:
@@ -410,7 +415,7 @@ class _Planner:
         order = {name: place for place, name in enumerate(weights_order(step.name for step in self.steps))}
         self.steps.sort(key=lambda step: order[step.name])
         self._check_kinship()
-        return Plan(
+        plan = Plan(
             recipe=recipe,
             method=self.method,
             checkpoints=self.checkpoints,
@@ -422,7 +427,10 @@ class _Planner:
             donor=self.places[recipe.donor],
             options=self.options,
             files=self.files,
+            positions=self.positions,
         )
+        lines.apply(plan)
+        return plan
 
     # ------------------------------------------------------------ which output tensors there are
 
@@ -760,6 +768,7 @@ class _Planner:
         except GraftworkError as error:
             self.problems.extend(error.problems)
             return
+        self.positions[wanted.name] = wanted.position
         pool = self._pool(wanted.name, values, every=[*inputs, *([base_input] if base_input is not None else [])])
         order = [source.model for source in group.models]
         self.steps.append(

@@ -119,6 +119,7 @@ class Recipe:
         warnings: What is probably not meant, one line each.
         text: The whole file, byte for byte.
         shared: Files that the method reads for all models together, by kind, such as `mask`.
+        lines: Factors on the merged task vector by depth of the layer: alpha (None to find it) and beta; or None.
         align: How units are re-ordered before the merge, by key; None if they are not.
         renormalize: How activations are set right after the merge, by key; None if they are not.
         measure: How statistics are measured that are missing, by key.
@@ -139,6 +140,7 @@ class Recipe:
     warnings: tuple[str, ...]
     text: str
     shared: Mapping[str, Path] = field(default_factory=dict)
+    lines: Mapping[str, float | None] | None = None
     align: Mapping[str, Any] | None = None
     renormalize: Mapping[str, Any] | None = None
     measure: Mapping[str, Any] = field(default_factory=dict)
@@ -178,6 +180,7 @@ class Recipe:
             dtype=self.dtype,
             exclude=self.exclude,
             **{kind: path.name for kind, path in self.shared.items()},
+            lines=None if self.lines is None else dict(self.lines),
             align=_shown_entry(self.align),
             renormalize=_shown_entry(self.renormalize),
             **groups,

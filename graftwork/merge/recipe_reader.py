@@ -7,6 +7,7 @@ method is misspelt, reading goes on as if the nearest known one had been meant.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from graftwork.merge import dtypes
 from graftwork.merge.documents import Document, read_documents
 from graftwork.merge.errors import RecipeError, did_you_mean
+from graftwork.merge.lines import scaling
 from graftwork.merge.methods import registry
 from graftwork.merge.methods.registry import REQUIRED, Method, Parameter
 from graftwork.merge.parameters import filters, normalise
@@ -27,6 +29,7 @@ from graftwork.merge.recipe_references import References, is_scalar, shown_refer
 from graftwork.merge.recipe_schema import (
     AlignEntry,
     LearnEntry,
+    LinesEntry,
     MeasureEntry,
     ModelEntry,
     ModuleEntry,
@@ -132,6 +135,7 @@ class _DocumentReader:
         self.dtype = self._dtype("out_dtype") or self.dtype
         self._read_exclude()
         self._read_shared()
+        self._read_lines()
         self._read_stages()
         self._decline()
         self._check_groups()
@@ -440,6 +444,29 @@ class _DocumentReader:
                 self.shared[kind] = Path(text).expanduser()
             else:
                 self.report.problem(kind, f'"{self.method.name}" uses no {kind}; leave the key out')
+
+    def _read_lines(self) -> None:
+        """Read the factors by depth of the layer."""
+        raw = self.values.get("lines")
+        if raw is None or self.method is None:
+            return
+        entry = self._level(LinesEntry, raw, "lines")
+        if scaling(self.method) is None:
+            self.report.problem(
+                "lines",
+                f'"{self.method.name}" has no factor on a merged task vector; use a method with `lambda` or `scale`, '
+                "or leave it out",
+            )
+        alpha, beta = entry.get("alpha", "auto"), entry.get("beta")
+        for key, value in (("alpha", alpha), ("beta", beta)):
+            if isinstance(value, float | int) and not math.isfinite(value):
+                self.report.problem(f"lines.{key}", f"must be a finite number, not {show(value)}")
+        count = max((len(group.models) for group in self.slices), default=0)
+        if beta is None and count > 1 and "beta" not in raw:
+            self.report.problem("lines.beta", "is missing: write how much is added from the first layer to the last")
+        if beta is None and count <= 1 and alpha == "auto" and "alpha" not in raw:
+            self.report.problem("lines.alpha", "is missing: write the factor of the first layer")
+        self.stages["lines"] = MappingProxyType({"alpha": None if alpha == "auto" else alpha, "beta": beta})
 
     def _read_stages(self) -> None:
         """Read what is done before and after the merge itself."""

@@ -103,6 +103,15 @@ class AlignEntry(_Level):
     restarts: int | None = None
 
 
+class LinesEntry(_Level):
+    """What `lines` holds: how the merged task vector grows with the depth of the layer."""
+
+    alpha: float | Literal["auto"] | None = Field(
+        None, description="Factor of the first layer and of what lies outside the layers; auto: see the page."
+    )
+    beta: float | None = Field(None, description="What is added up to the last layer, evenly.")
+
+
 class RenormalizeEntry(_Level):
     """What `renormalize` holds: how activations are set right after the merge."""
 
@@ -161,6 +170,7 @@ class RecipeDocument(_Level):
     chat_template: str | None = None
     mask: str | None = Field(None, description="File of what `graftwork masks` has learned for these models.")
     task_masks: str | None = Field(None, description="File that `emr` or `tall_masks` has written beside its output.")
+    lines: Annotated[dict[str, Any] | None, _defined("LinesEntry")] = None
     align: Annotated[dict[str, Any] | None, _defined("AlignEntry")] = None
     renormalize: Annotated[dict[str, Any] | str | None, _defined("RenormalizeEntry")] = None
     measure: Annotated[dict[str, Any] | None, _defined("MeasureEntry")] = None
@@ -179,7 +189,7 @@ def json_schema() -> dict[str, Any]:
     schema: dict[str, Any] = _linked(RecipeDocument.model_json_schema())
     definitions = schema.setdefault("$defs", {})
     entries = (ModelEntry, SourceEntry, SliceEntry, ModuleEntry, TokenizerEntry)
-    for entry in (*entries, AlignEntry, RenormalizeEntry, MeasureEntry, LearnEntry):
+    for entry in (*entries, LinesEntry, AlignEntry, RenormalizeEntry, MeasureEntry, LearnEntry):
         definitions[entry.__name__] = _linked(entry.model_json_schema())
     names = registry.names()
     properties: dict[str, Any] = {}

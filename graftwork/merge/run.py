@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import xxhash
 
-from graftwork.merge import dtypes, lineage
+from graftwork.merge import dtypes, lineage, lines
 from graftwork.merge.card import model_card
 from graftwork.merge.checkpoint import BLOCK, TASK_MASKS_NAME, Checkpoint, content_digest, tensor_digest
 from graftwork.merge.engine import FUSE_ABOVE, Engine, Input, Sink, Stopped
@@ -236,7 +236,7 @@ def _replacing_plan(plan: Plan, merged: Path, corrected: Path, donor: Path, meth
     group = Slice((source,), None, {}, "models")
     recipe = replace(
         plan.recipe, method="passthrough", slices=(group,), base=None, donor=references[1], parameters={}, dtype=None,
-        inputs=tuple(dict.fromkeys(references)), warnings=(), shared={}, align=None, renormalize=None,
+        inputs=tuple(dict.fromkeys(references)), warnings=(), shared={}, lines=None, align=None, renormalize=None,
     )  # fmt: skip
     copying = make_plan(recipe, plan.options)
     changed = Checkpoint.open(corrected)
@@ -391,10 +391,14 @@ def _carry_out(
     except KeyboardInterrupt:
         raise Interrupted(f"stopped before the work on {out} began: run the same command again to go on") from None
     try:
-        steps = [step for step in plan.steps if step.name not in writer.resumed]
         count = progress(_start(plan, writer)) if progress else (lambda size: None)
+        found = []
+        if lines.needs_measuring(plan):
+            alpha = lines.measure(plan, lambda sink: _engine(plan, sink, threads, device, count))
+            found.append(f"lines: alpha is {alpha:.6g}")
+            lines.apply(plan, alpha)
         engine = _engine(plan, writer, threads, device, count)
-        engine.run(steps)
+        engine.run([step for step in plan.steps if step.name not in writer.resumed])
         inputs = {**writer.input_digests, **engine.digest_only(plan.unread)}
         output = content_digest(
             (tensor.name, tensor.dtype, tensor.shape, writer.digests[tensor.name]) for tensor in plan.outputs
@@ -422,7 +426,7 @@ def _carry_out(
     except BaseException:
         writer.leave()
         raise
-    notes = [f"{step.name}: {note}" for step in plan.merged for note in step.notes]
+    notes = found + [f"{step.name}: {note}" for step in plan.merged for note in step.notes]
     if beside is not None:
         notes.insert(0, f"{beside} gives the model of each task back, with merge_method: task_model")
     return MergeResult(out, plan, output, time.monotonic() - start, len(writer.resumed), notes)

@@ -110,11 +110,16 @@ ROWS = (
         "geometric_median", {"weight": (0.4, 0.4, 0.2)}, "ABCDEFGHIKLMNO", "J", base=False, tolerance=1e-8,
     ),
     Row("geometric_median-base", {"weight": (0.4, 0.4, 0.2), "scope": "tensor"}, "ABCDEFGHIKLMNO", "J", tolerance=1e-8),
-    Row("sce", {"select_topk": 0.5}, "ACDEFNO", "BL", {"select_topk": 1.0}, "BJK"),
-    Row("sce-weights", {"select_topk": 0.5, "select": "weights"}, "ACDEFNO", "L", {"select_topk": 1.0}, "BJK"),
+    Row("sce", {"select_topk": 0.5}, "ACDEFNOP", "BL", {"select_topk": 1.0}, "BJK"),
+    Row(
+        "sce-weights", {"select_topk": 0.5, "select": "weights", "lambda": 0.8}, "ACDEFNP", "BL", {"select_topk": 1.0},
+        "J",
+    ),
     Row("nearswap", {"t": 0.1}, "ADFNO", "BEL", {"t": 100.0}, "BK", models=1),
-    Row("ram", {"epsilon": 0.15}, "ACDFJNO", "BEL", {"epsilon": 0.0}, "BEK"),
-    Row("ramplus_tl", {"epsilon": 0.15, "r": 0.4, "alpha": 2.0}, "ACDFJN", "BEL", {"epsilon": 0.0}, "BEK"),
+    Row("ram", {"epsilon": 0.15}, "ACDFJNOP", "BEL", {"epsilon": 0.0}, "BEK"),
+    Row(
+        "ramplus_tl", {"epsilon": 0.15, "r": 0.4, "alpha": 2.0, "lambda": 0.8}, "ACDFJNP", "BEL", {"epsilon": 0.0}, "E",
+    ),
     Row("arcee_fusion", {}, "AO", "DEFN", models=1),
     # Singular vectors carry more rounding.
     Row("iso_c", {"scale": 0.9}, "ACDEFJMP", "BLN", tolerance=1e-11),

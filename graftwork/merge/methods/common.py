@@ -14,6 +14,7 @@ from graftwork.merge.vocabulary import Value, zeros_like
 WEIGHT = Parameter("weight", "weight of the model", per_model=True)
 OPTIONAL_WEIGHT = Parameter("weight", "weight of the model", default=1.0, per_model=True, extension=True)
 LAMBDA = Parameter("lambda", "factor on the merged task vector", default=1.0)
+EXTRA_LAMBDA = Parameter("lambda", "factor on the merged task vector", default=1.0, extension=True)
 SEED = Parameter("seed", "seed of the random masks", type=int, default=0, minimum=0, extension=True)
 INT8_MASK = Parameter("int8_mask", "mergekit's storage type for masks", type=bool, default=False, has_effect=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from graftwork.merge.methods.common import EXTRA_LAMBDA
 from graftwork.merge.methods.registry import Parameter, register
 from graftwork.merge.passes import Apply, Group, Sums
 from graftwork.merge.vocabulary import Value, number, where, zeros_like
@@ -31,7 +32,9 @@ def shared_and_unique(
     return number(changed & (count > 1), base), number(changed & (count == 1), base)
 
 
-def reinforced(models: Sequence[Value], base: Value, index: Value, *, factor: Sequence[float], epsilon: float) -> Value:
+def reinforced(
+    models: Sequence[Value], base: Value, index: Value, *, factor: Sequence[float], epsilon: float, scale: float
+) -> Value:
     """Return the base plus the mean of shared changes, or the only change times its model's factor."""
     count = changes(models, base, epsilon)
     total = zeros_like(base)
@@ -39,7 +42,7 @@ def reinforced(models: Sequence[Value], base: Value, index: Value, *, factor: Se
         delta = x - base
         part = where(count > 1, delta / where(count > 1, count, count + 1), f * delta)
         total = total + where(abs(delta) > epsilon, part, zeros_like(base))
-    return base + total
+    return base + scale * total
 
 
 def _report(group: Group, counts: np.ndarray[Any, Any]) -> None:
@@ -52,13 +55,14 @@ def _report(group: Group, counts: np.ndarray[Any, Any]) -> None:
     title="RAM",
     kind="elementwise",
     base="required",
-    formula="b + Σ nᵢ dᵢ / max(1, Σ nᵢ),  nᵢ = [|dᵢ| > epsilon]",
+    formula="b + λ Σ nᵢ dᵢ / max(1, Σ nᵢ),  nᵢ = [|dᵢ| > epsilon]",
     reference="https://arxiv.org/abs/2601.13572",
-    parameters=(EPSILON,),
+    parameters=(EPSILON, EXTRA_LAMBDA),
 )
-def ram(group: Group, *, epsilon: float) -> Apply:
+def ram(group: Group, *, epsilon: float, lambda_: float) -> Apply:
     """Average what several models changed, keep what one changed."""
-    return Apply(reinforced, {"factor": (1.0,) * group.models, "epsilon": epsilon}, precision="float64")
+    settings = {"factor": (1.0,) * group.models, "epsilon": epsilon, "scale": lambda_}
+    return Apply(reinforced, settings, precision="float64")
 
 
 @register(
@@ -72,9 +76,10 @@ def ram(group: Group, *, epsilon: float) -> Apply:
         EPSILON,
         Parameter("r", "strength of the reinforcement", default=0.1),
         Parameter("alpha", "largest ratio of shared to unique changes", default=0.2, minimum=0),
+        EXTRA_LAMBDA,
     ),
 )
-def ramplus_tl(group: Group, *, epsilon: float, r: float, alpha: float) -> Generator[Any, Any, Apply]:
+def ramplus_tl(group: Group, *, epsilon: float, r: float, alpha: float, lambda_: float) -> Generator[Any, Any, Apply]:
     """RAM with what only one model changed reinforced by how much it shares with the others."""
     counts = yield Sums(shared_and_unique, 2 * group.models, {"epsilon": epsilon}, each=True)
     _report(group, counts)
@@ -82,4 +87,5 @@ def ramplus_tl(group: Group, *, epsilon: float, r: float, alpha: float) -> Gener
     for shared, unique in zip(counts[0::2].tolist(), counts[1::2].tolist(), strict=True):
         ratio = shared / unique if unique else (alpha if shared else 0.0)
         factor.append(1.0 + r * min(max(ratio, 0.0), alpha))
-    return Apply(reinforced, {"factor": tuple(factor), "epsilon": epsilon}, precision="float64")
+    settings = {"factor": tuple(factor), "epsilon": epsilon, "scale": lambda_}
+    return Apply(reinforced, settings, precision="float64")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from graftwork.merge.methods.common import INT8_MASK
+from graftwork.merge.methods.common import EXTRA_LAMBDA, INT8_MASK
 from graftwork.merge.methods.registry import Parameter, register
 from graftwork.merge.passes import Apply, Group, Select, Sums, everything
 from graftwork.merge.vocabulary import Value, narrow, number, where, zeros_like
@@ -48,7 +48,7 @@ def energy(
 
 def erased(
     models: Sequence[Value], base: Value, index: Value, *, weight: Sequence[float], models_count: float, cut: float,
-    mask_entries: bool,
+    factor: float, mask_entries: bool,
 ) -> Value:  # fmt: skip
     """Return the base plus the weighted mean of the entries that have the majority sign."""
     kept = narrow(variance(models, base, models_count)) >= cut
@@ -65,7 +65,8 @@ def erased(
         counted = where(positive, number(delta > 0, base), number(delta < 0, base))
         merged = merged + counted * (w * delta)
         divisor = divisor + counted * w
-    return base + where(kept & (divisor != 0), merged / where(divisor != 0, divisor, divisor + 1), zeros_like(base))
+    mean = where(kept & (divisor != 0), merged / where(divisor != 0, divisor, divisor + 1), zeros_like(base))
+    return base + factor * mean
 
 
 @register(
@@ -73,7 +74,7 @@ def erased(
     title="SCE",
     kind="selection",
     base="required",
-    formula="b + Σ wᵢ cᵢ d̂ᵢ / Σ wᵢ cᵢ,  d̂ on the entries of largest variance, wᵢ ∝ Σ d̂ᵢ²",
+    formula="b + λ Σ wᵢ cᵢ d̂ᵢ / Σ wᵢ cᵢ,  d̂ on the entries of largest variance, wᵢ ∝ Σ d̂ᵢ²",
     reference="https://arxiv.org/abs/2408.07990",
     parameters=(
         Parameter("select_topk", "share of the varying entries that is kept", default=1.0, minimum=0, maximum=1),
@@ -81,11 +82,12 @@ def erased(
             "select", "entries: merge the selected entries; weights: select for the weights only, as the authors' code",
             type=("entries", "weights"), default="entries", extension=True,
         ),
+        EXTRA_LAMBDA,
         INT8_MASK,
     ),
     models=(0, None),
 )  # fmt: skip
-def sce(group: Group, *, select_topk: float, select: str) -> Generator[Any, Any, Apply]:
+def sce(group: Group, *, select_topk: float, select: str, lambda_: float) -> Generator[Any, Any, Apply]:
     """Keep the entries whose task vectors vary most, weight models by their energy there, erase minority signs.
 
     Unlike mergekit, weights are never replaced by uniform ones because task vectors are small.
@@ -105,4 +107,5 @@ def sce(group: Group, *, select_topk: float, select: str) -> Generator[Any, Any,
         weight = (1.0 / count if uniform else 0.0,) * count
     else:
         weight = tuple((energies / total).tolist())
-    return Apply(erased, {**chosen, "weight": weight, "mask_entries": select == "entries"}, precision="float64")
+    final = {**chosen, "weight": weight, "factor": lambda_, "mask_entries": select == "entries"}
+    return Apply(erased, final, precision="float64")
