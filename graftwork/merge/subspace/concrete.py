@@ -40,15 +40,9 @@ def total(values: Tensor) -> float:
 
 
 def inner(left: Tensor, right: Tensor) -> float:
-    """Return the inner product of two vectors; `right` may be of a narrower dtype."""
-    whole = left.numel() // BLOCK * BLOCK
-    result = float(torch.dot(left[whole:], right[whole:].to(left.dtype)))
+    """Return the inner product of two vectors."""
     step = 16 * BLOCK
-    for start in range(0, whole, step):
-        rows = left[start : min(start + step, whole)].view(-1, 1, BLOCK)
-        columns = right[start : min(start + step, whole)].to(left.dtype).view(-1, BLOCK, 1)
-        result += float(torch.bmm(rows, columns).double().sum())
-    return result
+    return sum(total(left[at : at + step] * right[at : at + step]) for at in range(0, left.numel(), step))
 
 
 def fill_uniform_(values: Tensor, seed: int, step: int, name: str) -> None:
