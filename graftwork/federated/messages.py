@@ -250,7 +250,9 @@ class Answer:
     metrics: Mapping[str, float]
 
 
-def request_content(request: Request, encoder: Encoder, tensors: Mapping[str, Tensor]) -> tuple[RecordDict, int]:
+def request_content(
+    request: Request, config: Mapping[str, Scalar], encoder: Encoder, tensors: Mapping[str, Tensor]
+) -> tuple[RecordDict, int]:
     """Return a request's content and the number of bytes of its tensors."""
     record, odd = encoder.record(tensors)
     own: dict[str, Any] = {
@@ -259,7 +261,7 @@ def request_content(request: Request, encoder: Encoder, tensors: Mapping[str, Te
         "question": request.question,
         "dtypes": json.dumps(odd),
     }
-    content = RecordDict({ARRAYS: record, CONFIG: ConfigRecord({**request.config}), OWN: ConfigRecord(own)})
+    content = RecordDict({ARRAYS: record, CONFIG: ConfigRecord({**config}), OWN: ConfigRecord(own)})
     return content, size_of(record)
 
 

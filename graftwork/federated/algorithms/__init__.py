@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "fedavg": "fedavg.FedAvg",
+    "fedprox": "fedprox.FedProx",
+    "fedbn": "fedbn.FedBN",
+    "scaffold": "scaffold.Scaffold",
+    "local": "local.Local",
     "fedka": "fedka.FedKA",
     "fraug": "fraug.FRAug",
     "ggeur": "ggeur.GGEUR",

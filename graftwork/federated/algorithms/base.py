@@ -620,7 +620,7 @@ class Algorithm:
         raise FederationError(f"{self.name} has no answer to {quoted(client.question)}")
 
     def evaluate(self, client: Client) -> Update:
-        """Return loss and accuracy, on the site's own test data, of the received model with the site's private entries."""
+        """Return loss and accuracy on the site's own test data of the received model with its private entries."""
         from graftwork.federated.training import evaluate_client
 
         return evaluate_client(client, client.module())

@@ -199,7 +199,9 @@ class FedKA(Algorithm):
 
     def finish(self, server: Server) -> None:
         """Make the final model the fine-tuned one, with BatchNorm statistics of the target."""
-        server.shared.update(prefixed("model", select(server.kept, FINETUNED)))
+        for name, value in select(server.kept, FINETUNED).items():
+            server.shared[f"model/{name}"] = value
+            del server.kept[f"{FINETUNED}/{name}"]
         if self.settings.recalibrate:
             module = server.module()
             if has_batch_norm(module):

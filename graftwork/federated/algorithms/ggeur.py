@@ -199,15 +199,18 @@ class GGEUR(Algorithm):
     def after_round(self, server: Server, replies: Sequence[Reply]) -> Mapping[str, float]:
         """Note who has the geometry, and take in statistics of sites that were late for them."""
         metrics = dict(self.inner.after_round(self._inside(server), replies))
-        version = server.record.get(VERSION, 0)
-        if version == 0:
+        if "missing" not in server.record:
             return metrics
+        version = server.record[VERSION]
         has_it = {reply.site for reply in replies if int(reply.metrics.get(VERSION, 0)) == version}
         lost_it = {reply.site for reply in replies} - has_it
         server.record["holders"] = sorted((set(server.record["holders"]) | has_it) - lost_it)
         late = [reply.site for reply in replies if reply.site in server.record["missing"]]
-        if late and (found := self._collect(server, late, 0.0)):
-            self._take_in(server, found)
+        if late:
+            found = self._collect(server, late, 0.0)
+            # Without a first geometry (a quorum missed, and the run told to go on) as many are needed as for one.
+            if found and (version > 0 or len(found) >= self.settings.min_coverage * len(server.sites)):
+                self._take_in(server, found)
         return {**metrics, VERSION: float(server.record[VERSION])}
 
     def evaluate_server(self, server: Server) -> Mapping[str, float]:
@@ -349,11 +352,13 @@ class GGEUR(Algorithm):
             if not name.startswith("model/")
         }
         kept |= prefixed(GEOMETRY, stored)
+        # What is as it was need not be written again.
+        is_new = update.private is not None or any(name.startswith(f"{GEOMETRY}/") for name in client.received)
         return dataclasses.replace(
             update,
             examples=float(len(real)),
             metrics={**update.metrics, VERSION: version, "augmented_examples": float(len(examples))},
-            private=kept or None,
+            private=kept if is_new and kept else None,
         )
 
     def answer(self, client: Client) -> Update:

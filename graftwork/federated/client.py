@@ -1,0 +1,236 @@
+"""The client's side: load private state → let the algorithm work → check → save private state last → reply."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from graftwork.federated import messages
+from graftwork.federated.algorithms import create
+from graftwork.federated.algorithms.base import Algorithm, Client, Update
+from graftwork.federated.domains import Federation, build
+from graftwork.federated.errors import FederationError
+from graftwork.federated.examples import Examples
+from graftwork.federated.runs import Experiment
+from graftwork.federated.seeds import seed_of, torch_seed
+from graftwork.merge.artifact import load_artifact, save_artifact
+from graftwork.merge.checkpoint import Checkpoint, load_torch, quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from graftwork.merge.task import Task
+
+VERSIONS = 2
+"""How many versions of its private state a site keeps."""
+
+_VERSION = re.compile(r"round-(\d{4,})\.safetensors")
+
+
+class PrivateState:
+    """A site's private tensors on its own disk, stamped with run and round.
+
+    A message for round r gets the newest state of an earlier round, so a round that is replayed gives the same again.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self.folder = folder
+        self.run = run
+
+    def load(self, before: int) -> tuple[dict[str, Tensor], int]:
+        """Return the newest state with a stamp below `before` and its stamp; nothing and −1 if there is none."""
+        for number in sorted(self._versions(), reverse=True):
+            if number >= before:
+                continue
+            path = self._path(number)
+            found = load_artifact(path, kind="state", what="a site's private state")
+            if found.metadata.get("run") != self.run:
+                continue
+            with Checkpoint.open(path) as checkpoint:
+                return load_torch(checkpoint), number
+        return {}, -1
+
+    def save(self, tensors: Mapping[str, Tensor], number: int, site: str) -> None:
+        """Save the state of a round; the newest `VERSIONS` that a replay could need stay."""
+        save_artifact(
+            self._path(number),
+            tensors,
+            kind="state",
+            method="private",
+            settings={},
+            force=True,
+            round=str(number),
+            site=site,
+            run=self.run,
+        )
+        older = sorted(version for version in self._versions() if version < number)
+        for version in older[: -(VERSIONS - 1)]:
+            self._path(version).unlink(missing_ok=True)
+        for version in self._versions():
+            if version > number:  # of a later round that is being replayed
+                self._path(version).unlink(missing_ok=True)
+
+    def _versions(self) -> list[int]:
+        try:
+            names = os.listdir(self.folder)
+        except OSError:
+            return []
+        return [int(match[1]) for match in map(_VERSION.fullmatch, names) if match]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"round-{number:04}.safetensors"
+
+
+class Worker:
+    """Answers messages for any site of a federation.
+
+    Args:
+        experiment: What is run.
+        private: The folder below which sites keep their state, each in one of its own.
+        federation: The sites' tasks; by default what the experiment describes, built at the first message.
+    """
+
+    def __init__(self, experiment: Experiment, private: Path, federation: Federation | None = None) -> None:
+        self.experiment = experiment
+        self.private = private
+        self._federation = federation
+        self._algorithm: Algorithm | None = None
+        self._start: dict[str, Tensor] | None = None
+        self._examples: dict[str, Examples] = {}
+
+    @property
+    def federation(self) -> Federation:
+        """The sites' tasks."""
+        if self._federation is None:
+            self._federation = build(self.experiment.federation)
+        return self._federation
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The algorithm, with its settings."""
+        if self._algorithm is None:
+            self._algorithm = create(self.experiment.algorithm, self.experiment.settings)
+        return self._algorithm
+
+    def site_of(self, context: Context) -> str:
+        """Return the site of the node that works here: named by the node's configuration, or by its number."""
+        named = context.node_config.get("site")
+        sites = list(self.federation.sites)
+        if isinstance(named, str):
+            if named not in sites:
+                raise FederationError(
+                    f"this node's configuration says site {quoted(named)}, which is not in the federation"
+                )
+            return named
+        number = context.node_config.get("partition-id")
+        if not isinstance(number, int) or not 0 <= number < len(sites):
+            raise FederationError(f"this node has the number {number!r}, and the federation {len(sites)} sites")
+        return sites[number]
+
+    def handle(self, message: Message, context: Context) -> Message:
+        """Return the reply to a message."""
+        request = messages.read_request(message)
+        site = self.site_of(context)
+        if request.question == messages.ROLL_CALL:
+            return Message(messages.reply_content(site, {}, 0, {}), reply_to=message)
+        task = self.federation.sites[site]
+        store = PrivateState(self.private / site, self.experiment.identity)
+        # A question or an evaluation may see what the round itself has left; training never does.
+        private, stamp = store.load(request.round if request.kind == "train" else request.round + 1)
+        client = Client(
+            site=site,
+            task=task,
+            algorithm=self.algorithm,
+            round=request.round,
+            rounds=request.rounds,
+            received={name: messages.tensor_of(raw) for name, raw in request.tensors.items()},
+            config=dict(request.config),
+            private=private,
+            private_round=stamp,
+            question=request.question,
+            base_seed=self.experiment.seed,
+            loaded=self._examples.get(site),
+        )
+        client.initial = self._initial(task, client)
+        purpose = f"{request.kind} {request.question}".strip()
+        with torch_seed(client.seed(purpose)):
+            if request.kind == "train":
+                update = self.algorithm.train(client)
+            elif request.kind == "evaluate":
+                update = self.algorithm.evaluate(client)
+            else:
+                update = self.algorithm.answer(client)
+        if client.loaded is not None and len(self._examples) < 256:
+            self._examples[site] = client.loaded
+        _check(update, site)
+        content = messages.reply_content(site, update.tensors, update.examples, update.metrics)
+        if update.private is not None and request.kind != "evaluate":
+            store.save(update.private, request.round, site)
+        return Message(content, reply_to=message)
+
+    def _initial(self, task: Task, client: Client) -> dict[str, Tensor]:
+        """Return start values of the model's entries that the server did not send."""
+        if self._start is None:
+            self._start = start_values(task, self.experiment)
+        return {name: value for name, value in self._start.items() if f"model/{name}" not in client.received}
+
+
+def start_values(task: Task, experiment: Experiment) -> dict[str, Tensor]:
+    """Return the whole start model by plain name: the checkpoint of `init`, or what the seed gives. All agree."""
+    from graftwork.merge.task import fit
+
+    with torch_seed(seed_of(experiment.seed, "model")):
+        if experiment.init is None:
+            module = task.model()
+        else:
+            with Checkpoint.open(experiment.init) as checkpoint:
+                module = fit(task, checkpoint)
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def _check(update: Update, site: str) -> None:
+    """Raise if an update is of no use, before anything private is written."""
+    import torch
+
+    for what, tensors in (("update", update.tensors), ("private state", update.private or {})):
+        for name, value in tensors.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise FederationError(
+                    f"the {what} of site {quoted(site)} is not finite: {quoted(name)}; its state is kept"
+                )
+
+
+def client_app(worker: Worker) -> ClientApp:
+    """Return Flower's client application around a worker."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return worker.handle(message, context)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return worker.handle(message, context)
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        return worker.handle(message, context)
+
+    return app
+
+
+def forget(folder: Path) -> None:
+    """Remove all private state below a folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def node_config(site: str, number: int, count: int) -> dict[str, Any]:
+    """Return a node's configuration in a simulation."""
+    return {"site": site, "partition-id": number, "num-partitions": count}

@@ -1,0 +1,89 @@
+"""The server's side: build the strategy from an experiment → run it on a grid → write the run folder."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from graftwork.federated.algorithms import create
+from graftwork.federated.domains import Federation, build
+from graftwork.federated.errors import FederationError
+from graftwork.federated.runs import Experiment, RunFolder
+from graftwork.federated.strategy import Observer, Outcome, Strategy, silent
+
+
+def simulate(
+    experiment: Experiment,
+    out: Path | str | None = None,
+    *,
+    workers: int = 0,
+    backend: str = "inprocess",
+    resume: bool = False,
+    force: bool = False,
+    observer: Observer = silent,
+    federation: Federation | None = None,
+) -> Outcome:
+    """Run a federation on this machine and return how it ended.
+
+    Args:
+        experiment: What to run.
+        out: The run folder; None to keep nothing.
+        workers: Worker processes; 0 to run clients in this process. The numbers do not depend on it.
+        backend: `inprocess`, or `ray` for Flower's own simulation.
+        resume: Go on with the run in `out`.
+        force: Replace a run in `out`.
+        observer: Told of each round.
+        federation: Sites that exist in this process only; then `workers` is 0.
+
+    Raises:
+        QuorumError: Too few sites gave a usable answer.
+        GraftworkError: Something that the user can put right.
+    """
+    found = federation if federation is not None else build(experiment.federation)
+    algorithm = create(experiment.algorithm, experiment.settings)
+    folder = None
+    if out is not None:
+        config = config_of(experiment, found, algorithm.settings.record())
+        folder = RunFolder.open(Path(out)) if resume else RunFolder.create(Path(out), config, force=force)
+        if resume:
+            _check_resumed(folder, experiment)
+    elif resume:
+        raise FederationError("cannot go on with a run without its folder")
+    if federation is not None and (workers or backend != "inprocess"):
+        raise FederationError("cannot use workers or Ray for sites that exist in this process only")
+    with tempfile.TemporaryDirectory(prefix="graftwork-private-") as temporary:
+        private = folder.private if folder is not None else Path(temporary)
+        strategy = Strategy(experiment, algorithm, found, folder, observer)
+        if backend == "ray":
+            from graftwork.federated.ray import run_on_ray
+
+            outcome: Outcome = run_on_ray(strategy, private, workers, resume=resume)
+        else:
+            from graftwork.federated.grid import ProcessGrid, local_grid
+
+            grid = (
+                ProcessGrid(experiment, private, list(found.sites), workers)
+                if workers
+                else local_grid(experiment, private, found)
+            )
+            with grid:
+                outcome = strategy.run(grid, resume=resume)
+    if folder is not None:
+        from graftwork.federated.report import write_report
+
+        write_report(folder)
+    return outcome
+
+
+def config_of(experiment: Experiment, federation: Federation, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what `config.json` holds: the experiment, all settings, and the partition as it came out."""
+    return {"experiment": experiment.record(), "settings": settings, "federation": dict(federation.record)}
+
+
+def _check_resumed(folder: RunFolder, experiment: Experiment) -> None:
+    if folder.experiment().identity != experiment.identity:
+        raise FederationError(
+            f"cannot go on with the run {folder.path}: it was made with other settings; only the number of rounds and "
+            "what is kept may change"
+        )

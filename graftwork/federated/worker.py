@@ -1,0 +1,44 @@
+"""A worker process of a simulation: reads messages from stdin, writes replies to stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Work until stdin ends."""
+    inbox = os.fdopen(os.dup(0), "rb")
+    outbox = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a user's code prints must not get between the replies
+    import torch
+
+    from graftwork.federated.client import Worker, client_app
+    from graftwork.federated.grid import context_of, reason_of, receive, send
+    from graftwork.federated.runs import Experiment
+
+    torch.set_num_threads(1)
+    order = json.loads(receive(inbox))
+    app = client_app(Worker(Experiment.from_record(order["experiment"]), Path(order["private"])))
+    send(outbox, b"ready")
+    while True:
+        try:
+            data = receive(inbox)
+        except EOFError:
+            return
+        message, number, sites = pickle.loads(data)
+        try:
+            answer: tuple[str, object] = ("reply", app(message, context_of(number, sites)))
+        except Exception as error:
+            answer = ("failed", reason_of(error))
+        send(outbox, pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(1)
