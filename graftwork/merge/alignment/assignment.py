@@ -49,12 +49,14 @@ class Assignment:
         columns: The column of each row, int64 (n,).
         value: Sum of the chosen scores, in float64.
         gain: What it is more than the sum of the order that was given as current; 0.0 where that was kept.
+        largest: The largest absolute value of a score.
         duals: Prices of the columns, float64 (n,), a start for a similar problem; None if another solver was used.
     """
 
     columns: NDArray[np.int64]
     value: float
     gain: float
+    largest: float
     duals: NDArray[np.float64] | None
 
 
@@ -89,7 +91,7 @@ def solve_assignment(
     if current is None:
         current = np.arange(size, dtype=np.int64)
     if size == 0:
-        return Assignment(current, 0.0, 0.0, duals)
+        return Assignment(current, 0.0, 0.0, 0.0, duals)
     largest = max(float(score.max()), -float(score.min()))
     if not np.isfinite(largest):
         raise DataError("cannot solve an assignment: its scores hold NaN or infinity")
@@ -102,7 +104,7 @@ def solve_assignment(
         found = _lapx(score) if solver == "lapx" else _scipy(score)
     columns, gain = _without_idle_cycles(score, current, found, TOLERANCE * largest)
     value = float(score[np.arange(size), columns].sum(dtype=np.float64))
-    return Assignment(columns, value, gain, prices)
+    return Assignment(columns, value, gain, largest, prices)
 
 
 def _scipy(score: NDArray[Any]) -> NDArray[np.int64]:

@@ -261,14 +261,14 @@ class _Measures:
 
 def _measures(spec: PermutationSpec, orders: Permutation, a: Read, b: Read) -> _Measures:
     """Return the objective and the squared distance, over all counted tensors, in float64."""
-    from graftwork.merge.alignment.scores import inner_product, squared_distance
+    from graftwork.merge.alignment.scores import totals
 
     objective, distance = 0.0, 0.0
     for name, tensor in spec.tensors.items():
         if tensor.counted and spec.tied.get(name) not in spec.tensors:
-            left, right = a(name), permute_tensor(spec, orders, name, b(name))
-            objective += inner_product(left, right)
-            distance += squared_distance(left, right)
+            products, squares = totals(a(name), permute_tensor(spec, orders, name, b(name)))
+            objective += products
+            distance += squares
     return _Measures(objective, distance)
 
 
@@ -438,7 +438,7 @@ class _Descent:
             return 0.0
         gain = solved.gain
         if known is None:
-            scale = len(score) * float(np.abs(score).max())
+            scale = len(score) * solved.largest
             if node in bench.acts_twice:
                 gain = bench.value(node, {node: solved.columns}) - bench.value(node, {node: old})
             elif gain < _CHECKED_BELOW * scale:
