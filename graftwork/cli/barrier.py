@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graftwork.cli.match import matching_lines
 from graftwork.cli.output import duration, print_json, print_table
 from graftwork.cli.problems import readable_errors, tell, usage_error
 
@@ -112,7 +113,7 @@ def barrier(
     """
     if task is None:
         raise usage_error("--task is missing: file.py:name or package.module:name")
-    chosen = _Chosen(permutation, spec, module, family, residual, seed)
+    chosen = _Chosen(permutation, spec, module, family, residual, seed, quiet)
     with readable_errors():
         from graftwork.merge.task import load_task
 
@@ -154,7 +155,7 @@ def lmc(
 
     R(γ) is how far the singular directions above γ times the largest agree: 1 for equal ones, 0 for unrelated ones.
     """
-    chosen = _Chosen(permutation, spec, module, family, residual, seed)
+    chosen = _Chosen(permutation, spec, module, family, residual, seed, quiet)
     with readable_errors():
         from graftwork.merge.alignment.analysis import analyse
         from graftwork.merge.task import load_task
@@ -212,6 +213,7 @@ class _Chosen:
     family: str | None
     residual: bool
     seed: int
+    quiet: bool
 
     def __post_init__(self) -> None:
         given = [
@@ -276,7 +278,8 @@ def _found(
         task=task,
         residual=chosen.residual,
     )
-    return spec, match_weights(spec, *models, seed=chosen.seed).permutation
+    progress = None if chosen.quiet else matching_lines(1)
+    return spec, match_weights(spec, *models, seed=chosen.seed, progress=progress).permutation
 
 
 def _from_file(first: Checkpoint, second: Checkpoint, path: Path | None) -> tuple[PermutationSpec, Permutation] | None:
@@ -348,6 +351,8 @@ def _measure(
             progress=lambda _: progress.tell(next(done), total),
         )
     ]
+    # Two splits that a task lacks may both be replaced by a third.
+    curves = list({(curve.label, curve.split): curve for curve in curves}.values())
     used = {curve.split for curve in curves}
     for split in splits:
         if split not in used:
