@@ -462,9 +462,9 @@ class _DocumentReader:
             if isinstance(value, float | int) and not math.isfinite(value):
                 self.report.problem(f"lines.{key}", f"must be a finite number, not {show(value)}")
         count = max((len(group.models) for group in self.slices), default=0)
-        if beta is None and count > 1 and "beta" not in raw:
+        if raw.get("beta") is None and count > 1:
             self.report.problem("lines.beta", "is missing: write how much is added from the first layer to the last")
-        if beta is None and count <= 1 and alpha == "auto" and "alpha" not in raw:
+        if raw.get("alpha") is None and count <= 1 and raw.get("beta") is None:
             self.report.problem("lines.alpha", "is missing: write the factor of the first layer")
         self.stages["lines"] = MappingProxyType({"alpha": None if alpha == "auto" else alpha, "beta": beta})
 
