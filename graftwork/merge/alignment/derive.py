@@ -24,6 +24,7 @@ from graftwork.merge.alignment.factors import (
     EXPECTED,
     INPUT,
     OUTPUT,
+    UNUSED,
     Factor,
     FactorAxes,
     FactorAxis,
@@ -34,7 +35,7 @@ from graftwork.merge.alignment.factors import (
     resolve,
     why_frozen,
 )
-from graftwork.merge.alignment.operations import Graph, run_operation
+from graftwork.merge.alignment.operations import Graph, run_operation, statistics_of
 from graftwork.merge.alignment.spec import Group, PermutationSpec, Segment, TensorAxes
 from graftwork.merge.checkpoint import listed
 from graftwork.merge.errors import MismatchError, TaskError
@@ -119,12 +120,24 @@ def _traced(
     stored: dict[int, FactorAxes] = {}
     graph = Graph()
     saved = module.state_dict()
+    nodes = list(program.graph.nodes)
+    statistics = {
+        inputs[argument.name] for node in nodes for argument in statistics_of(node) if argument.name in inputs
+    }
+    used = {identities[inputs[node.name]] for node in nodes if node.name in inputs and node.users}
     for name, tensor in {**own, **buffers}.items():
-        stored.setdefault(identities[name], [fresh(int(length)) for length in tensor.shape])
-        if name in buffers and (name not in saved or (names is not None and name not in names)):
-            for axis in stored[identities[name]]:
-                freeze(axis, f"the buffer {name} is not in the checkpoint")
-    for node in program.graph.nodes:
+        axes = stored.setdefault(identities[name], [fresh(int(length)) for length in tensor.shape])
+        why = ""
+        if identities[name] not in used:
+            why = UNUSED
+        elif name in buffers and (name not in saved or (names is not None and name not in names)):
+            why = f"the buffer {name} is not in the checkpoint"
+        elif name in buffers and name not in statistics:
+            # A constant is the same in all models: re-ordered in one of them, it would be averaged with the others'.
+            why = f"the buffer {name} is no statistic of a norm"
+        for axis in axes if why else ():
+            freeze(axis, why)
+    for node in nodes:
         if node.op == "placeholder" and node.name in inputs:
             graph.values[node] = stored[identities[inputs[node.name]]]
         elif node.op in {"placeholder", "get_attr"}:
@@ -183,7 +196,7 @@ class _Assembly:
                 is_free = any(isinstance(item, str) for segment in form for item in segment)
                 forms.append(_merged(form) if is_free else None)
                 why = why_frozen(self.tensors[tensor][number])
-                if why and why not in EXPECTED:
+                if why and why not in EXPECTED and tensor in self.counted:
                     pinned[tensor, number] = why
             tensors[tensor] = TensorAxes(tuple(forms), tensor in self.counted)
         return PermutationSpec(groups, tensors, pinned, self.tied, "traced")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-INPUT, OUTPUT, KERNEL = "the module's input", "the module's output", "a kernel"
-EXPECTED = frozenset({INPUT, OUTPUT, KERNEL, "the entries of a table", "a constant", "space"})
+INPUT, OUTPUT, KERNEL, UNUSED = "the module's input", "the module's output", "a kernel", "it takes no part"
+EXPECTED = frozenset({INPUT, OUTPUT, KERNEL, UNUSED, "the entries of a table", "a constant", "space"})
 """Reasons that nobody wonders about."""
 
 

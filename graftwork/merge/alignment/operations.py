@@ -558,6 +558,14 @@ _OPERATIONS: dict[str, _Operation] = {
 }
 
 
+def statistics_of(node: GraphNode) -> list[GraphNode]:
+    """Return the arguments of an operation that are running statistics of a norm."""
+    if _OPERATIONS.get(_name(node)) is not _batch_norm:
+        return []
+    found = [_argument(node, name) for name in ("running_mean", "running_var")]
+    return [argument for argument in found if argument is not None]
+
+
 def run_operation(graph: Graph, node: GraphNode) -> FactorAxes | tuple[FactorAxes, ...]:
     """Return the axes of an operation's result; what it does not know about is fixed."""
     import torch

@@ -324,9 +324,7 @@ class Forms(nn.Module):
 
 def test_views_stacks_and_reductions_are_followed():
     spec = traced(Forms(), torch.randn(4, 6))
-    # Nothing tells the three copies apart that are made of one value, but what they are multiplied with.
-    assert {name: group.size for name, group in spec.groups.items()} == {"one": 8, "two": 12, "mask": 3}
-    assert not spec.tensors["mask"].counted
+    assert {name: group.size for name, group in spec.groups.items()} == {"one": 8, "two": 12}
     assert spec.tensors["three.weight"].axes[1] == ((2, "two"),)
     assert spec.tensors["scale"].axes == (plain("two"),)
 
@@ -353,23 +351,37 @@ def test_unknown_operations_fix_what_they_touch_and_are_named():
 
 
 class Buffered(nn.Module):
-    def __init__(self, persistent):
+    def __init__(self, persistent=True):
         super().__init__()
-        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 2)
-        self.register_buffer("scale", torch.rand(6), persistent=persistent)
+        self.one, self.norm, self.two = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)
+        self.three, self.unused = nn.Linear(5, 2), nn.Linear(7, 7)
+        self.register_buffer("scale", torch.rand(5), persistent=persistent)
 
     def forward(self, x):
-        return self.two(torch.relu(self.one(x)) * self.scale)
+        return self.three(torch.relu(self.two(torch.relu(self.norm(self.one(x))))) * self.scale)
 
 
-def test_buffers_that_the_checkpoint_lacks_fix_what_they_touch():
+def test_running_statistics_are_re_ordered_and_constants_are_not():
+    """A constant is equal in all models: the mean of one in two orders would be neither."""
     inputs = torch.randn(2, 6)
-    assert len(derive_spec(Buffered(True), inputs).groups) == 1
-    lacking = derive_spec(Buffered(True), inputs, names=["one.weight", "one.bias", "two.weight", "two.bias"])
-    assert not lacking.groups
-    assert "scale" not in lacking.tensors
-    assert lacking.pinned["one.weight", 0] == "the buffer scale is not in the checkpoint"
-    assert not derive_spec(Buffered(False), inputs).groups
+    for persistent in (True, False):
+        spec = derive_spec(Buffered(persistent), inputs)
+        assert set(spec.groups) == {"one"}
+        assert spec.tensors["norm.running_var"].axes == (plain("one"),)
+        wanted = "is no statistic of a norm" if persistent else "is not in the checkpoint"
+        assert spec.pinned["two.weight", 0] == f"the buffer scale {wanted}"
+        assert ("scale" in spec.tensors) == persistent
+        assert spec.tensors["unused.weight"].axes == (None, None)
+        assert ("unused.weight", 0) not in spec.pinned
+
+
+def test_statistics_that_the_checkpoint_lacks_fix_what_they_touch():
+    module = Buffered()
+    names = [name for name in module.state_dict() if not name.startswith("norm.running")]
+    spec = derive_spec(module, torch.randn(2, 6), names=names)
+    assert not spec.groups
+    assert "norm.running_var" not in spec.tensors
+    assert spec.pinned["one.weight", 0] == "the buffer norm.running_mean is not in the checkpoint"
 
 
 def test_units_on_which_a_choice_depends_are_fixed():
