@@ -75,13 +75,14 @@ def derive_spec(
         MismatchError: Its output changes with any order.
     """
     arguments, keywords = _example(inputs)
-    was_training = module.training
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         spec = _traced(module, arguments, keywords, names, what)
         return _checked(module, arguments, keywords, spec, what, seed) if check and spec.groups else spec
     finally:
-        module.train(was_training)
+        for part, mode in modes:
+            part.training = mode
 
 
 def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -146,8 +147,10 @@ def _traced(
             graph.values[node] = [fresh(int(length), why) for length in getattr(value, "shape", ())]
         elif node.op == "output":
             for result in node.all_input_nodes:
-                for axis in graph.axes(result):
-                    freeze(axis, OUTPUT)
+                found = graph.values[result]
+                for axes in found if isinstance(found, tuple) else (found,):
+                    for axis in axes:
+                        freeze(axis, OUTPUT)
         else:
             graph.values[node] = run_operation(graph, node)
             value = graph.values[node]
