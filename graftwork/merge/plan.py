@@ -185,7 +185,8 @@ class Plan:
             memory *= threads
             if self.method.kind == "matrix":
                 beside = sum(item.entry.elements for every in step.companions.values() for item in every)
-                memory += ((len(step.inputs) + 2) * step.elements + beside) * 8
+                # The inputs in their own dtype and in float64; then what a singular value decomposition needs.
+                memory += ((3 * len(step.inputs) // 2 + 10) * step.elements + beside) * 8
             if self.method.kind == "rows":
                 unit = math.prod(step.shape[1:]) if len(step.shape) > 1 else step.elements
                 values = max(unit * len(step.inputs), min(step.elements * len(step.inputs), 1 << 20))

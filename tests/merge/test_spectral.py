@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from graftwork.merge import load_recipe, make_plan, merge
 from graftwork.merge.engine import Engine, Input, Step
 from graftwork.merge.errors import DataError
 from graftwork.merge.memory import MemoryCheckpoint, MemorySink, merge_arrays, program_of
@@ -177,3 +181,25 @@ def test_threads_and_the_other_executor_give_the_same_bits(method):
     for options in ({"threads": 4}, {"device": "torch:cpu"}, {"span": 65536}):
         other = merge_arrays(method, models, base, **options)
         assert all(np.array_equal(one[name], other[name]) for name in names)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_estimate_of_memory_holds(method, tmp_path):
+    names = ("base", "a", "b", "c", "d")
+    for number, name in enumerate(names):
+        values = np.random.default_rng(number).normal(size=(300, 260)).astype(np.float32)
+        save_file({"weight": values}, tmp_path / f"{name}.safetensors")
+    recipe = tmp_path / "recipe.yml"
+    models = "".join(f"  - model: {tmp_path / name}.safetensors\n" for name in names[1:])
+    recipe.write_text(f"merge_method: {method}\nbase_model: {tmp_path / 'base'}.safetensors\nmodels:\n{models}")
+    plan = make_plan(load_recipe(recipe).recipes[0])
+    estimate = plan.peak_memory(1)
+    plan.close()
+    merge(recipe, tmp_path / "warm", threads=1)
+    tracemalloc.start()
+    try:
+        merge(recipe, tmp_path / "out", threads=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0.4 * estimate < peak < 1.2 * estimate

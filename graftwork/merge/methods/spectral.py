@@ -58,6 +58,12 @@ def triplets(matrix: Array, floor: float = 0.0) -> tuple[Array, Array, Array]:
     return left[:, :kept], values[:kept], right[:kept].T
 
 
+def _leading(found: tuple[Array, Array, Array], count: int) -> tuple[Array, Array, Array]:
+    """Return the first triplets, without holding on to the others."""
+    left, values, right = found
+    return left[:, :count].copy(), values[:count], right[:, :count].copy()
+
+
 def polar(matrix: Array) -> Array:
     """Return the orthogonal factor of a matrix, on the directions that it has."""
     left, _, right = triplets(matrix)
@@ -81,9 +87,10 @@ def _isotropic(deltas: Array, common_fraction: float) -> tuple[Array, Array]:
     for delta in deltas:
         # What lies in the common space leaves only rounding, measured by the whole task vector.
         rest = triplets(delta - common @ (common.T @ delta), float(np.linalg.norm(delta)))
-        lefts.append(rest[0][:, :own])
-        energies += float(rest[1][:own].sum())
-        rights.append(rest[2][:, :own])
+        first, energy, second = _leading(rest, own)
+        lefts.append(first)
+        energies += float(energy.sum())
+        rights.append(second)
     energies += float(values.sum())
     merged: Array = energies / rank * (polar(np.hstack([*lefts, common])) @ polar(np.hstack([*rights, right])).T)
     return merged, spectrum
@@ -93,10 +100,8 @@ def _singular(deltas: Array, weight: Sequence[float]) -> tuple[Array, Array]:
     """Return the merged task vector without its scale (eq. 8)."""
     count, rank = len(deltas), min(deltas.shape[1:])
     share = max(1, rank // count)
-    parts = [triplets(factor * delta) for delta, factor in zip(deltas, weight, strict=True)]
-    lefts = np.hstack([left[:, :share] for left, _, _ in parts])
-    values = np.concatenate([values[:share] for _, values, _ in parts])
-    rights = np.hstack([right[:, :share] for _, _, right in parts])
+    parts = [_leading(triplets(factor * delta), share) for delta, factor in zip(deltas, weight, strict=True)]
+    lefts, values, rights = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
     merged: Array = (polar(lefts) * values) @ polar(rights).T
     return merged, values
 
@@ -107,7 +112,8 @@ def on_matrix(
 ) -> Array:  # fmt: skip
     """Return b + scale · merge(task vectors) for a whole tensor, seen as a matrix (first axis, all others)."""
     with np.errstate(over="ignore"):
-        deltas = (models - base).reshape(len(models), base.shape[0], -1)
+        np.subtract(models, base, out=models)  # they are nobody else's
+        deltas = models.reshape(len(models), base.shape[0], -1)
         is_finite = np.isfinite(np.linalg.norm(deltas))
     if not is_finite:
         raise DataError(
