@@ -251,6 +251,7 @@ def _combined(adapter: _Adapter, base: Checkpoint) -> Checkpoint:
             f"the adapter {quoted(adapter.folder.name)} changes only the {which}, which the base ties: head and "
             "embedding are separate tensors from here on"
         )
+    stored = {name: entries[name].dtype for name in adapter.changes}
     for name, change in sorted(adapter.changes.items()):
         entry, read = entries[name], ranges[name]
         if change.replaced_by:
@@ -270,7 +271,7 @@ def _combined(adapter: _Adapter, base: Checkpoint) -> Checkpoint:
         notes.append(
             f"the adapter {quoted(adapter.folder.name)} says that its base is {quoted(wanted)}, not {quoted(own)}"
         )
-    return _Adapted(base, adapter.weights, entries, ranges, config, notes)
+    return _Adapted(base, adapter.weights, entries, ranges, config, notes, stored)
 
 
 def _adapted(
@@ -375,10 +376,11 @@ class _Adapted(Checkpoint):
         ranges: Mapping[str, ReadRange],
         config: Mapping[str, Any] | None,
         notes: Sequence[str],
+        stored: Mapping[str, str],
     ) -> None:
         super().__init__(
             base.path, folder=base.folder, entries=entries.values(), ranges=ranges, metadata=base.metadata,
-            config=config, notes=notes, aliases=base.aliases,
+            config=config, notes=notes, aliases=base.aliases, stored=stored,
         )  # fmt: skip
         self._parts = (base, weights)
 

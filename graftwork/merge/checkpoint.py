@@ -375,6 +375,8 @@ class Checkpoint:
     """What a user may want to know, one line each."""
     aliases: Mapping[str, str]
     """Tensors of a pickle that share the storage of another: name → the other's name."""
+    stored: Mapping[str, str]
+    """Dtypes in the files of tensors that are given wider than they are stored, because they are computed."""
 
     def __init__(
         self,
@@ -388,6 +390,7 @@ class Checkpoint:
         config: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
         aliases: Mapping[str, str] | None = None,
+        stored: Mapping[str, str] | None = None,
     ) -> None:
         """Use `Checkpoint.open`."""
         self.path = path
@@ -397,6 +400,7 @@ class Checkpoint:
         self.config = None if config is None else MappingProxyType(dict(config))
         self.notes = tuple(notes)
         self.aliases = MappingProxyType(dict(aliases or {}))
+        self.stored = MappingProxyType(dict(stored or {}))
         self._descriptors = dict(descriptors or {})
         self._ranges = dict(ranges or {})
         self._lock = threading.Lock()

@@ -735,7 +735,8 @@ class _Planner:
             self.problems.append(f'cannot make "{wanted.name}": no input can give it ({reason})')
             return
         reference, entry = donor
-        dtype = self.recipe.dtype if self.recipe.dtype and entry.dtype in dtypes.MERGEABLE else entry.dtype
+        dtype = self.recipe.dtype if self.recipe.dtype and entry.dtype in dtypes.MERGEABLE else None
+        dtype = dtype or self._stored(reference, entry)
         item = Input(self.places[reference], entry)
         program = None if dtype == entry.dtype else partial(get("passthrough").program, scale=(None,))
         self.steps.append(Step(wanted.name, dtype, entry.shape, (item,), None, program, notes=[reason]))
@@ -747,7 +748,10 @@ class _Planner:
         base = group.base
         entries = [held[source.model] for source in sources]
         every = [*entries, *([held[base]] if base is not None else [])]
-        dtype = self.recipe.dtype or dtypes.promoted([entry.dtype for entry in every])
+        stored = [
+            self._stored(reference, held[reference]) for reference in (*(s.model for s in sources), base) if reference
+        ]
+        dtype = self.recipe.dtype or dtypes.promoted(stored)
         values = self._parameters(wanted, group, sources)
         if values is None:
             return
@@ -787,6 +791,10 @@ class _Planner:
                 measured={kind: tuple(item for item in every if item) for kind, every in self.files.items()},
             )
         )
+
+    def _stored(self, reference: ModelReference, entry: TensorEntry) -> str:
+        """Return the dtype that a tensor has in its file; where values are computed, they come wider."""
+        return self.checkpoints[self.places[reference]].stored.get(entry.name, entry.dtype)
 
     def _beside(
         self,

@@ -174,6 +174,17 @@ def test_several_adapters_of_one_base_are_merged_without_writing_them(base: Path
     assert {path.name for path in tmp_path.iterdir()} == {"base", "a", "b", "recipe.yml", "out"}
 
 
+def test_without_a_dtype_the_output_has_the_bases(base: Path, tmp_path: Path) -> None:
+    adapter(tmp_path / "a", factors("model.layers.0.up", 16, 8))
+    (tmp_path / "recipe.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: {base}+{tmp_path}/a}}]")
+    merge(tmp_path / "recipe.yml", tmp_path / "out")
+    with Checkpoint.open(tmp_path / "out") as out:
+        assert {entry.dtype for entry in out.tensors.values()} == {"BF16"}
+        found = load_numpy(out)["model.layers.0.up.weight"]
+    wanted = effective(base, tmp_path / "a")["model.layers.0.up.weight"]
+    assert np.array_equal(found, torch.from_numpy(wanted).bfloat16().float().numpy())
+
+
 def test_an_adapter_on_one_of_two_tied_tensors_unties_them(base: Path, tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True}))
     tensors = {
