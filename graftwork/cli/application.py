@@ -17,6 +17,7 @@ from graftwork.cli.masks import masks
 from graftwork.cli.match import match
 from graftwork.cli.merge import merge
 from graftwork.cli.methods import methods, schema
+from graftwork.cli.simulate import simulate
 from graftwork.cli.verify import verify
 
 app = typer.Typer(
@@ -61,6 +62,7 @@ for command in (
     extract_lora,
     verify,
     schema,
+    simulate,
     demo,
 ):
     app.command()(command)

@@ -470,12 +470,12 @@ class Strategy:
         while pending:
             came = list(self._grid.pull_messages(list(pending)))
             for message in came:
-                site = pending.get(message.metadata.reply_to_message_id)
-                if site is None:
+                sender = pending.get(message.metadata.reply_to_message_id)
+                if sender is None:
                     continue
-                counts[site] = counts.get(site, 0) + 1
-                if counts[site] == 1:
-                    self._take(message, site, forms(site), found, spool, naming)
+                counts[sender] = counts.get(sender, 0) + 1
+                if counts[sender] == 1:
+                    self._take(message, sender, forms(sender), found, spool, naming)
             answered = [message.metadata.reply_to_message_id for message in came]
             for identifier in answered:
                 pending.pop(identifier, None)
