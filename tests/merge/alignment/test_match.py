@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,19 @@ from graftwork.merge.checkpoint import Checkpoint, load_torch
 from graftwork.merge.errors import CheckpointError, DataError, MismatchError, OutputError, RecipeError, TaskError
 from graftwork.merge.task import Task
 from graftwork.merge.verify import verify
-from tests.merge.alignment.architectures import CONFIGS, Chain, Llama, ResNet, network, output, trained_like
+from tests.merge.alignment.architectures import (
+    CONFIGS,
+    Chain,
+    DigitsLeNet,
+    Llama,
+    ResNet,
+    network,
+    output,
+    trained_like,
+)
+
+
+REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "checkpoints" / "digits_lenet"
 
 
 def network_state(dtype=torch.float32, seed=0):
@@ -136,6 +149,18 @@ def test_an_aligned_model_computes_what_it_did(tmp_path):
     assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
     assert result.matching.distance_after < 0.99 * result.matching.distance_before
     assert sum(group.moved for group in result.groups) > 1
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real checkpoints are not in ../shared/data/checkpoints")
+@pytest.mark.parametrize("pair", ["mnist", "svhn"])
+def test_real_networks_come_nearer_and_compute_what_they_did(tmp_path, pair):
+    result = align(tmp_path, REAL / f"{pair}_a.safetensors", REAL / f"{pair}_b.safetensors")
+    assert result.matching.distance_ratio <= 0.8705
+    module = DigitsLeNet().double()
+    inputs = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = output(module, inputs, read(REAL / f"{pair}_b.safetensors"))
+    after = output(module, inputs, read(tmp_path / "out.safetensors"))
+    assert (after - before).abs().max() <= 1e-12 * before.abs().max()
 
 
 def llama_folder(folder, seed, shards=1):
