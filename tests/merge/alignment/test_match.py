@@ -30,7 +30,6 @@ from tests.merge.alignment.architectures import (
     trained_like,
 )
 
-
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "checkpoints" / "digits_lenet"
 
 
