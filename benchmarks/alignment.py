@@ -434,7 +434,7 @@ def show_widths(folder: Path, records: Sequence[dict[str, Any]]) -> None:
                     by_width("matched", lambda width: [record["analysis"]["l2_ratio"] for record in of[width]]),
                 ],
                 across="width",
-                up="distance of A and B",
+                up="distance ‖A − π(B)‖ / ‖A − B‖",
                 ticks=ticks,
                 logarithmic="x",
                 at_zero=True,

@@ -293,6 +293,7 @@ def _finish_panel(axes: Axes, panel: Panel) -> None:
         axes.set_xscale("log", base=2)
     if "y" in panel.logarithmic:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if panel.ticks:
         axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
         axes.minorticks_off()
