@@ -403,6 +403,8 @@ class _Run:
         self.trim = _thresholds(base, experts, names, settings.trim)
         elements = sum(parameter.numel() for parameter in network.parameters.values())
         self.store = torch.float32 if 4 * elements * self.count <= _RESIDENT else torch.bfloat16
+        largest = max(parameter.numel() for parameter in network.parameters.values())
+        self.scratch = torch.empty(0 if settings.has_mask else largest)
         self.tensors = [self._load(base, experts, name) for name in names]
         self.windows: list[deque[Tensor]] = [deque() for _ in network.tasks]
         self.history: list[list[float]] = []
@@ -411,11 +413,13 @@ class _Run:
     def _load(self, base: Model, experts: Sequence[Model], name: str) -> _Merged:
         settings = self.settings
         start = base.flat(name)
-        combined = torch.zeros_like(start)
+        # Without a mask, S is needed only until it is added to the base.
+        combined = torch.zeros_like(start) if settings.has_mask else self.scratch[: len(start)]
         vectors: Tensor | None = None
         if self.trim is not None:
             vectors = _trimmed(torch.stack([model.flat(name).sub_(start) for model in experts]), self.trim)
-            combined.add_(vectors.sum(0), alpha=self.start)
+            if settings.has_mask:
+                combined.add_(vectors.sum(0), alpha=self.start)
             vectors = vectors.to(self.store) if settings.learns_coefficients else None
         elif settings.learns_coefficients:
             vectors = torch.empty((self.count, len(start)), dtype=self.store)
