@@ -376,8 +376,8 @@ def test_by_default_nothing_of_the_target_reaches_a_site() -> None:
 @pytest.mark.parametrize("workspace", ["bank", "images"])
 def test_alignment_brings_features_of_site_and_target_together(workspace: str) -> None:
     distances = {}
-    for weight in (0.0, 1.0):
-        algorithm = settings(discrepancy=max(weight, 1e-9), workspace=workspace, voting=False, local_epochs=8)
+    for weight in (0.0, 5.0):
+        algorithm = settings(discrepancy=max(weight, 1e-9), workspace=workspace, voting=False, local_epochs=5)
         server = server_of(algorithm, TARGET, round=4)
         algorithm.start(server)
         sent = set(algorithm.outgoing(server, "a").tensors) - set(server.shared)
@@ -388,7 +388,7 @@ def test_alignment_brings_features_of_site_and_target_together(workspace: str) -
         module = server.module(update.tensors)
         bank = embed(TARGET, server.module(), server.inputs(), "head")
         distances[weight] = float(mk_mmd(embed(SITES["a"], module, client.examples.inputs, "head"), bank))
-    assert distances[1.0] < 0.8 * distances[0.0]
+    assert distances[5.0] < 0.75 * distances[0.0]
 
 
 @pytest.mark.parametrize("workspace", ["bank", "images"])
