@@ -118,9 +118,9 @@ def totals(left: Tensor, right: Tensor) -> tuple[float, float]:
             squares += (first - second) ** 2
         return products + float(sums[0].sum()), squares + float(sums[1].sum())
     for start in range(0, left.numel(), _CHUNK):
-        first, second = left[start : start + _CHUNK].double(), right[start : start + _CHUNK].double()
-        products += float(torch.dot(first, second))
-        squares += float((first - second).square().sum())
+        part, others = left[start : start + _CHUNK].double(), right[start : start + _CHUNK].double()
+        products += float(torch.dot(part, others))
+        squares += float((part - others).square().sum())
     return products, squares
 
 
