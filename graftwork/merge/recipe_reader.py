@@ -492,6 +492,10 @@ class _DocumentReader:
                     "stands beside files that were made from the models as they are; leave these out, and name tasks "
                     "on which they are made after the alignment",
                 )
+        if "renormalize" in self.stages and self.method is not None and self.method.task_masks is not None:
+            self.report.problem(
+                "renormalize", f'does not go with "{self.method.name}", whose masks belong to the model as it is merged'
+            )
         if "renormalize" in self.stages and not (self.stages["renormalize"].get("task") or tasks):
             self.report.problem("renormalize.task", "is missing: activations are looked at on a task's inputs")
         wanted = self.values.get("evaluate")

@@ -122,6 +122,8 @@ def _untrimmed(group: Group) -> tuple[float, ...]:
 
 def _agreed(group: Group, *, threshold: int, mask_lambda: Sequence[float], scale: float, cut: Any, trim: bool) -> Apply:
     settings = {"mask_lambda": tuple(mask_lambda), "worth": (1.0,) * group.models, "cut": cut, "trim": trim}
+    if threshold > group.models:
+        group.notes.append(f"threshold {threshold} is above the number of models: the base's values stay")
     return Apply(agreed, {**settings, "threshold": float(threshold), "scale": scale}, precision="float64")
 
 
