@@ -193,17 +193,16 @@ def connect(
     """Return the network of all tasks, and run every expert once over its inputs.
 
     Merged are the floating-point parameters that base and experts have in common and in which an expert differs from
-    the base; not those of a task's `head`, nor those that `exclude` names. Floating-point buffers, such as BatchNorm's
-    statistics, become the mean of the experts'.
+    the base. What `exclude` names stays each expert's own, which is how heads are kept. Floating-point buffers, such as
+    BatchNorm's statistics, become the mean of the experts'.
 
     Raises:
         GraftworkError: Models and tasks do not fit each other.
     """
     _check_experts(base, experts, tasks)
-    heads = [f"{task.head}." for task in tasks if task.head is not None]
 
     def is_private(name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in exclude) or any(name.startswith(head) for head in heads)
+        return any(fnmatchcase(name, pattern) for pattern in exclude)
 
     shapes = base.shapes()
     _check_shapes(shapes, experts, is_private)
