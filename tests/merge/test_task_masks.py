@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from graftwork.merge import load_recipe, merge, task_masks
+from graftwork.merge import load_recipe, make_plan, merge, task_masks
 from graftwork.merge.artifact import load_artifact
 from graftwork.merge.checkpoint import Checkpoint, load_numpy
+from graftwork.merge.device import DeviceEngine
+from graftwork.merge.engine import Engine
 from graftwork.merge.errors import DataError, GraftworkError, MismatchError, OutputError, RecipeError
+from graftwork.merge.memory import merge_arrays
 from graftwork.merge.run import Settings
 from graftwork.merge.task_masks import KIND, place_of, task_tensors
 from tests.contract.table import values_of, words_of
@@ -166,6 +170,38 @@ def test_threads_and_executors_write_the_same_masks(tmp_path):
         merge(recipe(tmp_path, "emr"), out, settings=settings)
         digests.add((out / "task_masks.safetensors").read_bytes())
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(("method", "parameters"), METHODS[:1] + METHODS[3:4], ids=["emr", "tall_masks"])
+def test_the_engine_for_devices_writes_the_same_file(tmp_path, method, parameters):
+    written(tmp_path)
+    plan = make_plan(load_recipe(recipe(tmp_path, method, parameters=parameters)).recipes[0])
+    for name, engine in (("compiled", Engine), ("tensors", partial(DeviceEngine, device="cpu"))):
+        path = tmp_path / f"{name}.safetensors"
+        task_masks.write_task_masks(plan, path, [], lambda sink, make=engine: make(plan.checkpoints, sink, plan.labels))
+    plan.close()
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("compiled", "tensors"))
+    for name, values in one.items():
+        np.testing.assert_allclose(other[name], values, rtol=2.0**-23)
+
+
+def test_both_executors_give_the_same_model_back():
+    generator = np.random.default_rng(2)
+    shape = (300, 301)  # more than one span of a mask, and bits over
+    base = {"w": ("F32", generator.normal(size=shape).astype(np.float32))}
+    bits = np.packbits(generator.integers(0, 2, shape).reshape(-1), bitorder="little")
+    masks = {
+        "graftwork.delta.w": ("F32", generator.normal(size=shape).astype(np.float32)),
+        "graftwork.mask.x.w": ("U8", bits), "graftwork.rescale": ("F32", np.array([0.7], np.float32)),
+    }  # fmt: skip
+    for device in ("cpu", "torch:cpu"):
+        found = merge_arrays(
+            "task_model", [base], parameters={"task": "x"}, shared={"task_masks": masks}, device=device,
+            metadata={"task_masks": {"tasks": '["x"]'}}, span=65_536, threads=2,
+        )["w"]  # fmt: skip
+        kept = np.unpackbits(bits, count=300 * 301, bitorder="little").reshape(shape)
+        wanted = base["w"][1] + np.float64(np.float32(0.7)) * kept * masks["graftwork.delta.w"][1].astype(np.float64)
+        np.testing.assert_array_equal(found, wanted.astype(np.float32))
 
 
 def test_a_single_file_has_its_masks_beside_it(tmp_path):
