@@ -335,6 +335,8 @@ class _Preparation:
             tasks = [str(source.task) for source in group.models]
             assert group.base is not None
             settings = {"method": self.recipe.method, **self.recipe.learn}
+            if self.recipe.exclude:
+                settings["exclude"] = list(self.recipe.exclude)
             path = self._make(
                 "mask.safetensors",
                 f"what {self.recipe.method} learns of {len(models)} models",
@@ -350,7 +352,7 @@ class _Preparation:
             from graftwork.merge.subspace.learning import METHODS, Learning, learn_merge
             from graftwork.merge.task import load_task
 
-            chosen = dict(self.recipe.learn)
+            chosen = {"exclude": self.recipe.exclude, **self.recipe.learn}
             own = [name for name, method in METHODS.items() if method == self.recipe.method]
             chosen.setdefault("parametrisation", own[-1])
             if chosen["parametrisation"] not in own:

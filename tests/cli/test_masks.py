@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from graftwork.merge.artifact import load_artifact
 from tests.cli.conftest import Command, Outcome
@@ -89,6 +90,19 @@ def test_the_method_decides_what_is_learned(command: Command, folder: Path, meth
     assert (record["mask"] is None) == (method == "adamerging")
     assert record["digest"] == found.digest
     assert set(record["last_loss"]) == {"first", "second"}
+
+
+def test_a_merge_learns_what_is_missing_and_leaves_out_what_is_excluded(command: Command, folder: Path) -> None:
+    write_recipe(folder / "r.yml", mask=None, learn={"steps": 3}, exclude=["second.*"])
+    outcome = command("merge", "r.yml", "out.safetensors", "-q")
+    assert outcome.code == 0, outcome.err
+    [made] = folder.rglob("mask.safetensors")
+    assert {name for name in load_artifact(made, kind="mask").tensors if "." in name} == {
+        "first.weight.logit", "first.bias.logit",
+    }  # fmt: skip
+    base, merged = (load_file(folder / f"{name}.safetensors") for name in ("base", "out"))
+    assert torch.equal(base["second.weight"], merged["second.weight"])
+    assert not torch.equal(base["first.weight"], merged["first.weight"])
 
 
 def test_tasks_of_the_command_line_replace_those_of_the_recipe(command: Command, folder: Path) -> None:
