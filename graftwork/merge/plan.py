@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -19,6 +19,7 @@ import numpy as np
 
 from graftwork.merge import dtypes, lineage, lines
 from graftwork.merge.adapter import open_adapted
+from graftwork.merge.chat_template import chosen_template, files_with
 from graftwork.merge.checkpoint import BLOCK, Checkpoint, TensorEntry
 from graftwork.merge.companions import Beside, Files, check_parent, companions_of, opened
 from graftwork.merge.engine import HOLD_BYTES, SPAN, WINDOW_BITS, Input, Step
@@ -29,6 +30,8 @@ from graftwork.merge.methods.registry import Method, get
 from graftwork.merge.parameters import ParameterProblem, position, resolve, scopes, unmatched_filters
 from graftwork.merge.problems import show
 from graftwork.merge.recipe import ModelReference, Recipe, Slice, Source
+from graftwork.merge.tokenizer_plan import TokenizerPlan, plan_tokenizer
+from graftwork.merge.tokens import TOKENIZER_FILES, read_vocabulary
 from graftwork.merge.writer import OutputTensor
 
 OnMismatch = Literal["error", "base", "skip"]
@@ -106,6 +109,8 @@ class Plan:
         positions: Where the layer of each merged tensor stands, from 0 to 1; 0 outside the layers.
         alpha: The first of the recipe's `lines`, once it is known and the factors are in the steps.
         origin: Method and recipe that the output's lineage names, if they are not this plan's own.
+        tokenizer: What becomes of tokens, if the recipe says so.
+        chat_template: The text of the output's chat template, if the recipe says so.
     """
 
     recipe: Recipe
@@ -122,6 +127,8 @@ class Plan:
     positions: dict[str, float] = field(default_factory=dict)
     alpha: float | None = None
     origin: tuple[str, str] | None = None
+    tokenizer: TokenizerPlan | None = None
+    chat_template: str | None = None
     _unread: list[Input] | None = field(default=None, repr=False)
 
     @property
@@ -332,6 +339,7 @@ class _Planner:
         self.places = {reference: number for number, reference in enumerate(self.inputs)}
         self.stacks = [find_stacks(checkpoint.tensors) for checkpoint in self.checkpoints]
         self.lent = False
+        self.tokenizer: TokenizerPlan | None = None
         self._scalars: dict[tuple[int, str, str], Any] = {}
         self._pooled: dict[str, dict[str, Any]] = {}
         self._failed: dict[str, list[str]] = {}
@@ -396,6 +404,9 @@ class _Planner:
             raise RecipeError([f"{warning} (--strict)" for warning in recipe.warnings])
         for number, checkpoint in enumerate(self.checkpoints):
             self.warnings.extend(f"{self.labels[number]}: {note}" for note in checkpoint.notes)
+        if recipe.tokenizer is not None:
+            self.tokenizer = plan_tokenizer(recipe, self.inputs, self.checkpoints, self.labels)
+            self.checkpoints[:] = self.tokenizer.checkpoints
         self._open_files()
         self._compare_configs()
         if recipe.sliced and self.method.task_masks is not None:
@@ -428,6 +439,8 @@ class _Planner:
             donor=self.places[recipe.donor],
             options=self.options,
             files=self.files,
+            tokenizer=self.tokenizer,
+            chat_template=self._chat_template(),
             positions=self.positions,
         )
         lines.apply(plan)
@@ -990,8 +1003,31 @@ class _Planner:
             tie_word_embeddings=self._tie_word_embeddings(),
             notes=notes,
         )
+        if self.tokenizer is not None:
+            edited = self.tokenizer.edited(edited, "config.json")
+            notes.extend(self.tokenizer.notes)
         self.warnings.extend(notes)
         return edited
+
+    def _chat_template(self) -> str | None:
+        if self.recipe.chat_template is None:
+            return None
+        donor = self.checkpoints[self.places[self.recipe.donor]].folder
+        if donor is None or read_vocabulary(donor) is None:
+            raise MismatchError("chat_template: the output has no tokenizer files to go with it; leave the key out")
+        folders = [checkpoint.folder for checkpoint in self.checkpoints if checkpoint.folder is not None]
+        text = chosen_template(self.recipe.chat_template, folders)
+        if "<|im_start|>" in text and "<|im_start|>" not in self._tokens(donor):
+            self.warnings.append(
+                "the chat template uses <|im_start|>, which the output's tokenizer does not have as a token"
+            )
+        return text
+
+    def _tokens(self, donor: Path) -> Collection[str | None]:
+        if self.tokenizer is not None:
+            return self.tokenizer.vocabulary.tokens
+        found = read_vocabulary(donor)
+        return found.ids if found is not None else ()
 
 
 def _ends_with(name: str, ends: Iterable[str]) -> bool:
@@ -1022,12 +1058,27 @@ def is_buffer(name: str) -> bool:
     }
 
 
-def donor_files(plan: Plan) -> dict[str, Path]:
+def donor_files(plan: Plan) -> dict[str, bytes | Path]:
     """Return the side files that the output takes over, by path relative to the output."""
     folder = plan.checkpoints[plan.donor].folder
     if folder is None:
         return {}
-    return {str(name): folder / name for name in side_files(folder, copy_tokenizer=plan.options.copy_tokenizer)}
+    files: dict[str, bytes | Path] = {
+        str(name): folder / name for name in side_files(folder, copy_tokenizer=plan.options.copy_tokenizer)
+    }
+    if plan.tokenizer is not None:
+        for name in TOKENIZER_FILES:
+            files.pop(name, None)
+        files.update(plan.tokenizer.files)
+        generation = files.get("generation_config.json")
+        if isinstance(generation, Path) and plan.tokenizer.ids:
+            text = generation.read_text(encoding="utf-8")
+            files["generation_config.json"] = plan.tokenizer.edited(text, "generation_config.json").encode()
+    if plan.chat_template is not None:
+        config = files.get("tokenizer_config.json")
+        data = config.read_bytes() if isinstance(config, Path) else config
+        files.update(files_with(plan.chat_template, data))
+    return files
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:

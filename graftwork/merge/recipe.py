@@ -102,6 +102,44 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenizerSetting:
+    """What a recipe says of the output's tokenizer.
+
+    Args:
+        source: `base`, `union`, or the model whose tokenizer it is.
+        tokens: What is said of single tokens: `source` (a model, or a mapping with `kind`) and `force`.
+        pad_to_multiple_of: Rows of embeddings are padded to a multiple of this.
+        new_tokens: Which tokens a union takes from other models: `all`, or only the `added` ones.
+    """
+
+    source: str | ModelReference
+    tokens: Mapping[str, Mapping[str, Any]]
+    pad_to_multiple_of: int | None = None
+    new_tokens: str = "all"
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON holds it."""
+        tokens: dict[str, Any] = {}
+        for token, entry in self.tokens.items():
+            source = entry.get("source")
+            tokens[token] = {**entry, "source": _named(source)} if source is not None else dict(entry)
+        return _filled(
+            source=_named(self.source), tokens=tokens, pad_to_multiple_of=self.pad_to_multiple_of,
+            new_tokens=self.new_tokens if self.new_tokens != "all" else None,
+        )  # fmt: skip
+
+
+def _named(source: Any) -> Any:
+    if isinstance(source, ModelReference):
+        return {"model": source.text}
+    if isinstance(source, Mapping):
+        return {
+            key: _named(value)["model"] if isinstance(value, ModelReference) else value for key, value in source.items()
+        }
+    return source
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """One merge.
 
@@ -125,6 +163,8 @@ class Recipe:
         measure: How statistics are measured that are missing, by key.
         learn: How a mask file is learned that is missing, by key.
         evaluate: Tasks on which the output is evaluated.
+        tokenizer: What the output's tokenizer is; None to take the donor's files and merge rows by position.
+        chat_template: `auto`, the name of a template, or its text; None to take the donor's.
     """
 
     name: str | None
@@ -146,6 +186,8 @@ class Recipe:
     measure: Mapping[str, Any] = field(default_factory=dict)
     learn: Mapping[str, Any] = field(default_factory=dict)
     evaluate: tuple[str, ...] = ()
+    tokenizer: TokenizerSetting | None = None
+    chat_template: str | None = None
 
     def canonical(self) -> str:
         """Return the recipe as JSON in one form: what has no effect is left out, models stand as they were written."""
@@ -183,6 +225,8 @@ class Recipe:
             lines=None if self.lines is None else dict(self.lines),
             align=_shown_entry(self.align),
             renormalize=_shown_entry(self.renormalize),
+            tokenizer=self.tokenizer.plain() if self.tokenizer is not None else None,
+            chat_template=self.chat_template,
             **groups,
         )
         return json.dumps(content, sort_keys=True, separators=(",", ":"))

@@ -24,7 +24,7 @@ from graftwork.merge.methods import registry
 from graftwork.merge.methods.registry import REQUIRED, Method, Parameter
 from graftwork.merge.parameters import filters, normalise
 from graftwork.merge.problems import Report, join, nearest_key, printable, raise_problems, show, spoken
-from graftwork.merge.recipe import ModelReference, Recipe, Slice, Source
+from graftwork.merge.recipe import ModelReference, Recipe, Slice, Source, TokenizerSetting
 from graftwork.merge.recipe_references import References, is_scalar, shown_reference
 from graftwork.merge.recipe_schema import (
     AlignEntry,
@@ -137,6 +137,7 @@ class _DocumentReader:
         self._read_shared()
         self._read_lines()
         self._read_stages()
+        self._read_tokenizer()
         self._decline()
         self._check_groups()
 
@@ -506,24 +507,84 @@ class _DocumentReader:
         elif isinstance(wanted, list):
             self.stages["evaluate"] = tuple(wanted)
 
+    def _read_tokenizer(self) -> None:
+        """Read what the output's tokenizer and chat template are to be."""
+        values = self.values
+        if values.get("chat_template"):
+            self.stages["chat_template"] = values["chat_template"]
+        if "tokenizer_source" in values:
+            source = self._tokenizer_source(values["tokenizer_source"], "tokenizer_source")
+            if source is not None:
+                self.stages["tokenizer"] = TokenizerSetting(source, {})
+        if "tokenizer" not in values:
+            return
+        entry = self._level(TokenizerEntry, values["tokenizer"], "tokenizer")
+        source = self._tokenizer_source(entry.get("source", "union"), "tokenizer.source")
+        pad = entry.get("pad_to_multiple_of")
+        if pad is not None and pad < 1:
+            self.report.problem("tokenizer.pad_to_multiple_of", f"is {pad}, has to be at least 1")
+        new = entry.get("new_tokens", "all")
+        if new not in {"all", "added"}:
+            self.report.problem("tokenizer.new_tokens", f"must be all or added, not {show(new)}")
+        tokens = {
+            str(token): self._token(raw, join("tokenizer.tokens", str(token)))
+            for token, raw in (entry.get("tokens") or {}).items()
+        }
+        if source is not None:
+            self.stages["tokenizer"] = TokenizerSetting(source, tokens, pad, new)
+
+    def _tokenizer_source(self, raw: object, path: str) -> str | ModelReference | None:
+        if isinstance(raw, str) and raw.strip() in {"base", "union"}:
+            return raw.strip()
+        if isinstance(raw, str) and raw.startswith("model:"):
+            raw = raw.removeprefix("model:")  # as it was written in 2023
+        if not isinstance(raw, str | Mapping):
+            self.report.problem(path, f"must be base, union or a model, not {show(raw)}")
+            return None
+        return self.references.read(raw, path)
+
+    def _token(self, raw: object, path: str) -> Mapping[str, Any]:
+        """Return what is said of one token: where its row comes from, and whether models that have it get it too."""
+        if not isinstance(raw, Mapping):
+            self.report.problem(path, f"must hold source and force, not {show(raw)}")
+            return {}
+        entry: dict[str, Any] = {}
+        for key, value in raw.items():
+            if key == "force":
+                if not isinstance(value, bool):
+                    self.report.problem(join(path, key), f"must be true or false, not {show(value)}")
+                entry["force"] = bool(value)
+            elif key == "source":
+                entry["source"] = self._token_source(value, join(path, key))
+            else:
+                near = nearest_key(key, ("source", "force"))
+                self.report.problem(
+                    join(path, key), "is not a key here" + (f'; did you mean "{near}"?' if near else "")
+                )
+        if entry.get("force") and entry.get("source") is None:
+            self.report.problem(path, "has `force` but no `source`: which row is meant?")
+        return MappingProxyType(entry)
+
+    def _token_source(self, raw: object, path: str) -> Any:
+        if isinstance(raw, Mapping) and "kind" in raw:
+            kind = raw["kind"]
+            if kind == "zero":
+                return {"kind": "zero"}
+            if kind != "model_token":
+                self.report.problem(join(path, "kind"), f"must be zero or model_token, not {show(kind)}")
+                return None
+            model = self.references.read(raw.get("model"), join(path, "model"))
+            found = {"kind": kind, "model": model}
+            if (raw.get("token") is None) == (raw.get("token_id") is None):
+                self.report.problem(path, "needs either token or token_id")
+            return {**found, **{key: raw[key] for key in ("token", "token_id") if raw.get(key) is not None}}
+        return self.references.read(raw, path)
+
     def _decline(self) -> None:
         """Say what the recipe asks for and cannot have yet, after checking it."""
         values = self.values
         if "tokenizer" in values and "tokenizer_source" in values:
             self.report.problem("tokenizer_source", "stands beside tokenizer; give only one of them")
-        if "tokenizer" in values:
-            self._level(TokenizerEntry, values["tokenizer"], "tokenizer")
-            self.report.problem("tokenizer", "not yet: tokenizers are not merged; leave the key out to copy the base's")
-        if "tokenizer_source" in values:
-            if not isinstance(values["tokenizer_source"], str | Mapping):
-                self.report.problem("tokenizer_source", f"must be text, not {show(values['tokenizer_source'])}")
-            self.report.problem(
-                "tokenizer_source", "not yet: tokenizers are not merged; leave the key out to copy the base's"
-            )
-        if "chat_template" in values:
-            self.report.problem(
-                "chat_template", "not yet: chat templates are not set; leave the key out to copy the base's"
-            )
         if "modules" in values:
             self.report.problem(
                 "modules", "not yet: recipes by module are not supported; write models or slices at the root"

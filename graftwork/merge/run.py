@@ -557,7 +557,7 @@ def _metadata(plan: Plan, digest: str, inputs: Mapping[tuple[int, str], bytes], 
 def _files(
     plan: Plan, out: Path, file: RecipeFile, metadata: Mapping[str, str], settings: Settings
 ) -> dict[str, bytes | Path]:
-    files: dict[str, bytes | Path] = dict(donor_files(plan))
+    files = dict(donor_files(plan))
     if plan.config is not None:
         files["config.json"] = plan.config.encode()
     files[RECIPE_NAME] = file.text.encode(errors="replace")
