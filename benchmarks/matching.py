@@ -11,7 +11,8 @@ its figure is the least of three runs; the others run once.
 Tools: `own`, `lapx` and `scipy` are graftwork with these solvers. `rebasin` is rebasin 0.0.47, in a virtual environment
 below DIRECTORY that sees the packages of this one. `torch` is the loop of Ainsworth et al., "Git Re-Basin",
 algorithm 1, as the reference implementation has it (identity start, all groups in each sweep, absolute tolerance),
-written in torch. `floor` is what graftwork's own matrix products and assignments cost when they are done again on contiguous buffers.
+written in torch. `floor` is what graftwork's own matrix products and assignments cost when they are done again on
+contiguous buffers.
 
 Models have random weights; gains, biases and statistics of norms are spread as after training. A pair is independent,
 or, as `NAME-copy`, the second one is a re-ordered copy of the first, which has to be found bit for bit. The ratio is

@@ -38,7 +38,7 @@ _STEP_FACTOR = 8.0
 _BIDS = 20
 """How many bids per row a stage of the auction has; some matrices would have it go on for ever."""
 _SMALL = 24
-"""Up to this size scipy is as fast, and nothing is compiled."""
+"""Up to this size scipy is as fast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,31 +136,43 @@ def _without_idle_cycles(
     score: NDArray[Any], current: NDArray[np.int64], found: NDArray[np.int64], tolerance: float
 ) -> tuple[NDArray[np.int64], float]:
     """Return `found` with every cycle that does not gain undone, and the gain of the rest."""
-    changed = np.flatnonzero(found != current)
-    if not len(changed):
+    if (found == current).all():
         return current, 0.0
-    gains = score[changed, found[changed]].astype(np.float64) - score[changed, current[changed]]
-    # Row i gives its column to the row that holds found[i] now: following that goes round a cycle.
-    holder = np.empty_like(current)
-    holder[current] = np.arange(len(current))
-    position = np.full(len(current), -1, dtype=np.int64)
-    position[changed] = np.arange(len(changed))
-    following = position[holder[found[changed]]]
-    columns, total = current.copy(), 0.0
-    seen = np.zeros(len(changed), dtype=bool)
-    for start in range(len(changed)):
-        if seen[start]:
+    columns = current.copy()
+    return columns, float(_take_cycles(score, current, found, tolerance, columns))
+
+
+@cached
+def _take_cycles(score: Any, current: Any, found: Any, tolerance: float, columns: Any) -> float:
+    """Put every cycle of `found` that gains into `columns`; return the sum of their gains."""
+    size = len(current)
+    holder = np.empty(size, np.int64)
+    for row in range(size):
+        holder[current[row]] = row
+    seen = np.zeros(size, np.bool_)
+    total = 0.0
+    for start in range(size):
+        if seen[start] or found[start] == current[start]:
             continue
-        cycle, place = [], start
-        while not seen[place]:
-            seen[place] = True
-            cycle.append(place)
-            place = int(following[place])
-        gain = float(gains[cycle].sum())
-        if gain > tolerance * len(cycle):
-            columns[changed[cycle]] = found[changed[cycle]]
+        gain = 0.0
+        length = 0
+        row = start
+        while not seen[row]:
+            seen[row] = True
+            gain += np.float64(score[row, found[row]]) - np.float64(score[row, current[row]])
+            length += 1
+            row = holder[found[row]]  # the row that has to give its column away
+        if gain > tolerance * length:
             total += gain
-    return columns, total
+            while seen[row]:
+                seen[row] = False
+                columns[row] = found[row]
+                row = holder[found[row]]
+            row = start
+            while not seen[row]:
+                seen[row] = True
+                row = holder[found[row]]
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------------------------

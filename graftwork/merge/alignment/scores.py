@@ -281,6 +281,25 @@ def _on(index: NDArray[np.int64], like: Tensor) -> Tensor:
 # Uses and score matrices
 
 
+def _difference(values: Tensor, one: NDArray[np.int64], other: NDArray[np.int64]) -> Tensor:
+    """Return rows `one` minus rows `other`."""
+    if values.device.type != "cpu":
+        return values.index_select(0, _on(one, values)) - values.index_select(0, _on(other, values))
+    result = torch.empty(len(one), values.shape[1], dtype=values.dtype)
+    _subtract_rows(values.numpy(), one, other, result.numpy())
+    return result
+
+
+@cached
+def _subtract_rows(values: Any, one: Any, other: Any, result: Any) -> None:
+    for row in range(len(one)):
+        first = values[one[row]]
+        second = values[other[row]]
+        target = result[row]
+        for column in range(target.size):
+            target[column] = first[column] - second[column]
+
+
 @dataclass(slots=True)
 class PieceUse:
     """One place where a node acts on a piece, with both models' values laid out for it.
@@ -386,7 +405,11 @@ class Workbench:
             number += 1
         rest = [axis for axis in range(len(shape)) if axis not in own and axis not in partners]
         sizes = [shape[axis] for axis in partners]
-        return values.permute(partners + rest + own).reshape(*sizes, -1).contiguous()
+        order = partners + rest + own
+        if order[: -len(own)] == sorted(order[: -len(own)]) and own == list(range(len(own))):
+            # A plain transposition, for which torch has a much faster copy.
+            return values.reshape(matrix.units, -1).T.contiguous().reshape(*sizes, -1)
+        return values.permute(order).reshape(*sizes, -1).contiguous()
 
     # ------------------------------------------------------------ scores
 
@@ -419,8 +442,7 @@ class Workbench:
                 rows = np.flatnonzero(wanted[0] != use.applied[0])
                 if len(rows):
                     left, right = self._lay_out(matrix, use)
-                    difference = right.index_select(0, _on(wanted[0][rows], right))
-                    difference -= right.index_select(0, _on(use.applied[0][rows], right))
+                    difference = _difference(right, wanted[0][rows], use.applied[0][rows])
                     self._add_product(matrix, left.index_select(0, _on(rows, left)), difference)
                     changed += len(rows) / len(wanted[0]) * math.prod(use.piece.shape)
             elif any(not np.array_equal(new, old) for new, old in zip(wanted, use.applied, strict=True)):
