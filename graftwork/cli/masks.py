@@ -123,7 +123,8 @@ def masks(
         with _Steps(settings.total_steps, shown=not quiet, what="learning") as bar:
             learned = learn_merge(base, experts, tasks, settings=settings, state=state, progress=bar.see)
         for warning in learned.report.warnings:
-            tell(f"warning: {warning}")
+            if warning not in bar.told:
+                tell(f"warning: {warning}")
         digest = learned.save(target, force=force)
         state.unlink(missing_ok=True)
         _report(learned, target, digest, time.monotonic() - started, as_json=as_json)
@@ -131,6 +132,7 @@ def masks(
 
 def _models(recipe: Recipe, stack: contextlib.ExitStack, allow_pickle: bool) -> tuple[Checkpoint, list[Checkpoint]]:
     """Open the recipe's base and models."""
+    from graftwork.merge.adapter import open_adapted
     from graftwork.merge.checkpoint import Checkpoint
     from graftwork.merge.errors import CheckpointError, RecipeError
 
@@ -141,12 +143,15 @@ def _models(recipe: Recipe, stack: contextlib.ExitStack, allow_pickle: bool) -> 
         raise RecipeError("base_model: is missing; masks lie over the differences from it")
     opened, problems = [], []
     for reference, key in [(group.base, "base_model"), *((item.model, item.key_path) for item in group.models)]:
-        if reference.path is None or reference.adapter is not None:
+        if reference.path is None:
             problems.append(f"{key}: {reference.text} is no local checkpoint; merge or fetch it first")
             continue
         try:
             what = f"the input {key}"
-            opened.append(stack.enter_context(Checkpoint.open(reference.path, allow_pickle=allow_pickle, what=what)))
+            checkpoint = Checkpoint.open(reference.path, allow_pickle=allow_pickle, what=what)
+            if reference.adapter is not None and reference.adapter.path is not None:
+                checkpoint = open_adapted(checkpoint, reference.adapter.path, what=what, allow_pickle=allow_pickle)
+            opened.append(stack.enter_context(checkpoint))
         except CheckpointError as error:
             problems.extend(error.problems)
     if problems:
@@ -158,6 +163,7 @@ class _Steps(ByteProgress):
     """Shows how many steps are done."""
 
     _loss = 0.0
+    told: tuple[str, ...] = ()
 
     def see(self, progress: Progress) -> None:
         """Take note of a step."""
@@ -167,6 +173,9 @@ class _Steps(ByteProgress):
             self.skip(progress.step - 1)
         self.advance(1)
         self._loss = progress.loss
+        if progress.warning:
+            tell(f"warning: {progress.warning}")
+            self.told += (progress.warning,)
 
     def line(self) -> str:
         """Return the state as text."""

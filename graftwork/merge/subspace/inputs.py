@@ -132,10 +132,15 @@ def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Mapping):
         return {key: _map(value, function) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_map(value, function) for value in tree)
+        return _like(tree, [_map(value, function) for value in tree])
     if not isinstance(tree, Tensor):
         raise TypeError(f"{type(tree).__name__} is not a tensor")
     return function(tree)
+
+
+def _like(tree: Any, values: list[Any]) -> Any:
+    """Return values in a list, tuple or named tuple as `tree` is."""
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 def _leaves(tree: Any) -> list[Tensor]:
@@ -155,7 +160,7 @@ def _joined(parts: list[Any]) -> Any:
     if isinstance(first, Mapping):
         return {key: _joined([part[key] for part in parts]) for key in first}
     if isinstance(first, list | tuple):
-        return type(first)(_joined([part[place] for part in parts]) for place in range(len(first)))
+        return _like(first, [_joined([part[place] for part in parts]) for place in range(len(first))])
     if not isinstance(first, Tensor):
         raise TypeError(f"{type(first).__name__} is not a tensor")
     return torch.cat([_plain(part) for part in parts])

@@ -176,11 +176,13 @@ class Progress:
         step: Steps done.
         total: Steps of the whole run.
         loss: Mean over tasks in the last step.
+        warning: What a user has to know since then.
     """
 
     step: int
     total: int
     loss: float
+    warning: str = ""
 
 
 @dataclass(slots=True)
@@ -239,7 +241,11 @@ class LearnedMerge:
 
     def density(self) -> dict[str, float]:
         """Return the mean of the expected mask of every tensor."""
-        return {name: float(_sigmoid(values).mean()) for name, values in self.logits.items() if values.size}
+        return {
+            name: float(torch.from_numpy(values).sigmoid().mean())
+            for name, values in self.logits.items()
+            if values.size
+        }
 
     def shares(self) -> tuple[float, float]:
         """Return which share of the expected mask is below 0.1, and which above 0.9: what is decided."""
@@ -443,6 +449,7 @@ class _Run:
         self._merge_all(self.coefficients)
         network.choose_path(self._indices(1))
         self.report.together = network.together
+        known = 0
         began = saved = time.monotonic()
         try:
             while self.step < settings.total_steps:
@@ -453,7 +460,10 @@ class _Run:
                     self._save()
                     saved = time.monotonic()
                 if progress is not None:
-                    progress(Progress(self.step, settings.total_steps, float(np.mean(self.history[-1]))))
+                    news = self.report.warnings[known:]
+                    known += len(news)
+                    loss = float(np.mean(self.history[-1]))
+                    progress(Progress(self.step, settings.total_steps, loss, "; ".join(news)))
         except (KeyboardInterrupt, GraftworkError):
             self._save()
             raise
@@ -769,13 +779,6 @@ def _trimmed(vectors: Tensor, thresholds: Tensor) -> Tensor:
     kept = torch.where(vectors.abs() >= thresholds[:, None], vectors, torch.zeros(()))
     elected = kept.sum(0, dtype=torch.float64).sign().float()
     return torch.where(kept * elected > 0, kept, torch.zeros(()))
-
-
-def _sigmoid(values: Array) -> Array:
-    from scipy.special import expit
-
-    found: Array = expit(values)
-    return found
 
 
 def _json(value: Any) -> str:

@@ -7,7 +7,7 @@ parameters are the same objects in all of them, so that gradients add up in one 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -105,7 +105,6 @@ class Network:
     inputs: Sequence[Inputs]
     expert: list[Tensor]
     together: bool = False
-    _checked: set[int] = field(default_factory=set)
 
     def backward(
         self, indices: Sequence[Tensor], loss: Callable[[Tensor, Tensor], Tensor]
