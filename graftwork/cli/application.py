@@ -12,6 +12,8 @@ from graftwork.cli.demonstration import demo
 from graftwork.cli.difference import diff
 from graftwork.cli.evaluate import evaluate
 from graftwork.cli.extract_lora import extract_lora
+from graftwork.cli.fisher import fisher
+from graftwork.cli.gram import gram
 from graftwork.cli.inspect import inspect
 from graftwork.cli.masks import masks
 from graftwork.cli.match import match
@@ -59,6 +61,8 @@ for command in (
     barrier,
     lmc,
     masks,
+    fisher,
+    gram,
     extract_lora,
     verify,
     schema,

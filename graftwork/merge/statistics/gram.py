@@ -7,7 +7,6 @@ solved for together with the weight (our extension). Padding (`attention_mask` o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +70,13 @@ class Layer:
 
     def facts(self) -> dict[str, Any]:
         """Return what a merge needs to know of it."""
-        return {"rows": self.rows, "bias": self.bias, "groups": self.groups, "transposed": self.transposed}
+        return {
+            "rows": self.rows,
+            "columns": self.width,
+            "bias": self.bias,
+            "groups": self.groups,
+            "transposed": self.transposed,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,7 @@ class Grams:
 
     Args:
         tensors: By the name of the layer's weight: (d, d), or (groups, d, d); float64.
-        layers: Facts by the same names: rows, bias, groups, transposed.
+        layers: Facts by the same names: rows, columns, bias, groups, transposed.
         examples: Examples that were seen.
         skipped: Layers without a matrix, and why.
     """
@@ -434,14 +439,3 @@ def measure_gram(
     for part in finished:
         part.remove()
     return Measured(target, digest, facts)
-
-
-def thin_layers(layers: dict[str, dict[str, Any]], widths: dict[str, int]) -> list[str]:
-    """Return the layers that saw fewer rows than their inputs are wide; their matrices lack rank."""
-    return [name for name, facts in layers.items() if facts["rows"] < widths[name]]
-
-
-def layer_facts(text: str) -> dict[str, dict[str, Any]]:
-    """Return the facts of the layers from a file's metadata."""
-    found: dict[str, dict[str, Any]] = json.loads(text)
-    return found
