@@ -86,7 +86,8 @@ def simulate(
         given[key.strip()] = value.strip()
     with readable_errors():
         _need_flower()
-        from graftwork.federated.domains import FederationSpec
+        from graftwork.federated.algorithms import create
+        from graftwork.federated.domains import BUILT_IN, FederationSpec
         from graftwork.federated.errors import QuorumError
         from graftwork.federated.runs import Experiment, RunFolder
         from graftwork.federated.server import simulate as run
@@ -100,6 +101,8 @@ def simulate(
         else:
             assert name is not None
             options = {key.removeprefix("data."): value for key, value in given.items() if key.startswith("data.")}
+            if name in BUILT_IN:
+                options = {**create(algorithm).data_defaults(name, has_folder=data is not None), **options}
             experiment = Experiment(
                 FederationSpec(name, seed, None if data is None else str(data), target, partition, options),
                 algorithm=algorithm,

@@ -555,6 +555,15 @@ class Algorithm:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings: Any = settings if settings is not None else self.settings_type()
 
+    def data_defaults(self, federation: str, *, has_folder: bool) -> Mapping[str, str]:
+        """Return options of a built-in federation's data that suit the algorithm where none are given.
+
+        Args:
+            federation: `digits`, `office` or `amazon`.
+            has_folder: Whether there is a folder of real domains.
+        """
+        return {}
+
     # --- server half
 
     def check(self, server: Server) -> Iterator[str] | list[str]:

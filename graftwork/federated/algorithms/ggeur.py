@@ -64,7 +64,7 @@ class GGEURSettings(Settings):
     """Settings of GGEUR and of its base algorithm's local update."""
 
     base: Literal["fedavg", "fedprox", "scaffold"] = setting("fedavg", "The algorithm that trains the head.")
-    proximal: float = setting(0.01, "Weight μ of FedProx's proximal term, with base=fedprox.", minimum=0)
+    mu: float = setting(0.01, "Weight of FedProx's proximal term, with base=fedprox.", minimum=0)
     statistics: Literal["lowrank", "tri", "factor", "pooled", "noisy"] = setting(
         "lowrank",
         "What covariances are sent as: strongest directions, all of them, a factor, one for all classes, or "
@@ -136,6 +136,10 @@ class GGEUR(Algorithm):
         wanted = {item.name for item in dataclasses.fields(kind.settings_type)}
         given = {name: value for name, value in self.settings.record().items() if name in wanted}
         return kind(kind.settings_type(**given))
+
+    def data_defaults(self, federation: str, *, has_folder: bool) -> Mapping[str, str]:
+        """Return features that need no trained encoder: those of a small network, or the data's own."""
+        return {"features": "half64"} if federation == "digits" and not has_folder else {"network": "linear"}
 
     # --- server half
 
