@@ -58,6 +58,11 @@ def apply(plan: Plan, alpha: float | None = None) -> None:
         alpha: What was measured.
     """
     settings = plan.recipe.lines
+    if settings is not None and alpha is None and not any(plan.positions.values()):
+        plan.warnings.append(
+            "lines: no layers are numbered 0, 1, 2 … in the tensors' names, so alpha is the factor of all and beta has "
+            "no effect; give `lambda` or `scale` by filters instead"
+        )
     alpha = _alpha(plan) if alpha is None else alpha
     if settings is None or alpha is None:
         return

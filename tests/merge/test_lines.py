@@ -132,6 +132,16 @@ def test_alpha_of_a_plain_sum_is_known_beforehand(tmp_path, models):
     assert factors == {name: 1 / 3 + 0.5 * DEPTH[name] for name in SHAPES}
 
 
+def test_models_without_layers_are_warned_of(tmp_path, models):
+    for name in NAMES:
+        save_file({"0.weight": np.ones((2, 2)), "2.weight": np.ones((2, 2))}, tmp_path / f"{name}.safetensors")
+    with_lines = recipe(tmp_path, "task_arithmetic", parameters={"weight": 1}, lines={"alpha": 0.2, "beta": 0.5})
+    plan = make_plan(load_recipe(with_lines).recipes[0])
+    plan.close()
+    assert [warning for warning in plan.warnings if "no layers are numbered" in warning]
+    assert {step.program.keywords["lambda_"] for step in plan.merged} == {0.2}
+
+
 def test_models_without_a_change_have_an_alpha(tmp_path, models):
     for name in NAMES[1:]:
         save_file(
@@ -174,8 +184,8 @@ def test_wrong_settings_are_refused_in_one_line(tmp_path, models, method, entry,
         parameters={"weight": 1.0} if method != "model_stock" else {},
         lines=entry,
     )
+    path.write_text(path.read_text().replace("Infinity", ".inf"))
     with pytest.raises(RecipeError, match=message) as caught:
-        path.write_text(path.read_text().replace("Infinity", ".inf"))
         load_recipe(path)
     assert len(caught.value.problems) == 1
 
