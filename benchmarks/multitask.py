@@ -56,11 +56,13 @@ class Row:
     seeds: int = 1
 
 
-def _learned(title: str, parametrisation: str, seeds: int = 3, **more: Any) -> Row:
+def _learned(
+    title: str, parametrisation: str, seeds: int = 3, use: Mapping[str, Any] | None = None, **more: Any
+) -> Row:
     from graftwork.merge.subspace import METHODS
 
     learning = {"parametrisation": parametrisation, **more}
-    return Row(title, METHODS[parametrisation], learning=learning, seeds=seeds)
+    return Row(title, METHODS[parametrisation], use or {}, learning=learning, seeds=seeds)
 
 
 ROWS: Mapping[str, Row] = {
@@ -81,6 +83,10 @@ ROWS: Mapping[str, Row] = {
     "mask+layer_wise": _learned("Concrete AdaMerging, one loop", "mask+layer_wise"),
     "layer_wise_entropy": _learned("AdaMerging, layer-wise, entropy", "layer_wise", 1, loss="entropy"),
     "mask_entropy": _learned("Concrete task arithmetic, entropy", "mask", 1, loss="entropy"),
+    "mask_decided": _learned("Concrete task arithmetic, rate 0.1", "mask", 1, learning_rate=0.1),
+    "mask_binary": _learned(
+        "Concrete task arithmetic, rate 0.1, binary", "mask", 1, {"mask_kind": "threshold"}, learning_rate=0.1
+    ),
     "mask_im": _learned("Concrete task arithmetic, im", "mask", 1, loss="im"),
     "fine-tuned": Row("fine-tuned"),
 }
@@ -91,6 +97,7 @@ BARS = (
      {"mlp4": 5, "mlp8": 15, "vit8": 18}),
     ("mask + layer-wise against fine-tuned", "mask+layer_wise", "fine-tuned", dict.fromkeys(DESIGNS, -5)),
     ("mask against layer-wise", "mask", "layer_wise", {"mlp4": -0.5, "mlp8": 5, "vit8": -0.5}),
+    ("binary mask against expected, both at rate 0.1", "mask_binary", "mask_decided", dict.fromkeys(DESIGNS, -3)),
     ("mask + layer-wise against mask", "mask+layer_wise", "mask", dict.fromkeys(DESIGNS, -0.5)),
 )  # fmt: skip
 """Name, row, compared with row, points that the first has to be above the second (mean of seeds)."""
