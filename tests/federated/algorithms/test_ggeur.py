@@ -681,3 +681,33 @@ def test_problems_are_named_before_the_run() -> None:
     server = dataclasses.replace(federation.server, task=deep, initial=state, shared={})
     assert "more than a linear layer" in algorithm.check(server)[0]
     assert ggeur().check(server) == []
+
+
+@pytest.mark.parametrize("base", ["fedavg", "fedprox", "scaffold"])
+@pytest.mark.parametrize("sampling", ["on_the_fly", "materialised"])
+def test_it_composes_with_every_base_algorithm(base: str, sampling: str) -> None:
+    federation = Federation(ggeur(base=base, sampling=sampling, mu=0.1), three_owners())
+    for _ in range(3):
+        updates, _, _ = federation.round()
+    assert federation.accuracy() > 0.8
+    assert updates["a"].metrics["steps"] == 5
+    # Geometry is written once; what the base algorithm keeps, in every round.
+    assert (updates["a"].private is None) == (base != "scaffold")
+    groups = {name.partition("/")[0] for name in federation.private["a"]}
+    assert groups == ({"geometry", "control"} if base == "scaffold" else {"geometry"})
+
+
+def test_encoders_are_computed_once_and_never_stored() -> None:
+    calls = []
+
+    class Counting(Head):
+        def forward(self, inputs: Tensor) -> Tensor:
+            calls.append(len(inputs))
+            return super().forward(inputs)
+
+    sites = {name: dataclasses.replace(site, model=Counting) for name, site in three_owners().items()}
+    federation = Federation(ggeur(), sites)
+    first = len(calls)
+    for _ in range(3):
+        federation.round()
+    assert first == len(calls) == 3
