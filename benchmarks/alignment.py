@@ -42,6 +42,8 @@ SECTIONS = ("widths", "batchnorm", "lenets", "many")
 WIDTHS = (128, 256, 512, 1024, 2048)
 MANY_WIDTHS = (128, 512)
 STEPS = 10
+STRAIGHT_THROUGH_STEPS = 200
+"""More than the default, at which the order of weight matching is not left on these networks."""
 
 Model = dict[str, Tensor]
 
@@ -302,7 +304,10 @@ def measure_many(folder: Path, width: int, method: str) -> dict[str, Any]:
 
         spec = matched(a, b)[0]
         b, c = (
-            apply_permutation(spec, match_straight_through(spec, a, other, task).permutation, other) for other in (b, c)
+            apply_permutation(
+                spec, match_straight_through(spec, a, other, task, steps=STRAIGHT_THROUGH_STEPS).permutation, other
+            )
+            for other in (b, c)
         )
     elif method in ("merge many", "universe"):
         from graftwork.merge.alignment.many import match_universe, merge_many
