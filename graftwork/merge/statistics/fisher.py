@@ -303,13 +303,11 @@ class _Run:
 
         # A model that draws random numbers even in evaluation mode draws the same ones in every run.
         torch.manual_seed(batch.indices[0])
-        seen: list[Any] = []
         try:
             from graftwork.merge.evaluation import logits_of
             from graftwork.merge.statistics.factors import by_rows
 
             logits = logits_of(self.task, self.module, batch.inputs)
-            seen.append(tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__)
         except UnlikeExamplesError:
             raise
         except BaseException as error:
@@ -318,6 +316,7 @@ class _Run:
         if problem:
             raise TaskError(f"{self.doing}: {problem}")
         if not bool(torch.isfinite(logits).all()):
+            logits = logits.detach()
             bad = ~torch.isfinite(logits.reshape(len(logits), -1)).all(1)
             indices = [index for index, is_bad in zip(batch.indices, bad.tolist(), strict=True) if is_bad]
             raise TaskError(
