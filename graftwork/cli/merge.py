@@ -33,7 +33,6 @@ _NO_EFFECT = {
     "clone-tensors": "inputs are never changed",
     "lora-merge-cache": "models with adapters are never written to disk",
     "lora-merge-dtype": "models with adapters are never written to disk",
-    "transformers-cache": "models are read from folders and files",
     "trust-remote-code": "code in model folders is copied, never run",
     "safe-serialization": "safetensors is the only output format",
     "unsafe-truncate-embeddings": "embeddings are not truncated unless asked to",
@@ -128,6 +127,17 @@ def merge(
             help="Where aligned models, statistics and masks are kept for later runs. [default: OUT.made]",
         ),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--transformers-cache",
+            metavar="DIR",
+            help="Cache of the hub's repositories. [default: HF_HUB_CACHE, or where the hub's own library has it]",
+        ),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Fetch nothing from the hub; use what is in its cache.")
+    ] = False,
     verbose: Annotated[
         int, typer.Option("--verbose", "-v", count=True, help="Print the plan, and all warnings.", show_default=False)
     ] = 0,
@@ -145,7 +155,6 @@ def merge(
     clone_tensors: Annotated[bool | None, _mergekit("clone-tensors")] = None,
     lora_merge_cache: Annotated[str | None, typer.Option("--lora-merge-cache", hidden=True)] = None,
     lora_merge_dtype: Annotated[str | None, typer.Option("--lora-merge-dtype", hidden=True)] = None,
-    transformers_cache: Annotated[str | None, typer.Option("--transformers-cache", hidden=True)] = None,
     trust_remote_code: Annotated[bool | None, _mergekit("trust-remote-code")] = None,
     unsafe_truncate_embeddings: Annotated[bool | None, _mergekit("unsafe-truncate-embeddings")] = None,
     safe_serialization: Annotated[bool | None, _mergekit("safe-serialization")] = None,
@@ -160,7 +169,7 @@ def merge(
             "read-to-gpu": read_to_gpu, "low-cpu-memory": low_cpu_memory, "multi-gpu": multi_gpu, "gpu-rich": gpu_rich,
             "lazy-unpickle": lazy_unpickle, "async-write": async_write, "write-threads": write_threads,
             "clone-tensors": clone_tensors, "lora-merge-cache": lora_merge_cache, "lora-merge-dtype": lora_merge_dtype,
-            "transformers-cache": transformers_cache, "trust-remote-code": trust_remote_code,
+            "trust-remote-code": trust_remote_code,
             "unsafe-truncate-embeddings": unsafe_truncate_embeddings, "safe-serialization": safe_serialization,
         }
     )  # fmt: skip
@@ -190,6 +199,8 @@ def merge(
             strict=strict,
             seed=seed,
             copy_tokenizer=copy_tokenizer,
+            cache=cache,
+            offline=offline,
         )
         settings = Settings(
             threads=threads,

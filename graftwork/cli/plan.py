@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwork.cli.output import aligned, plural, print_json, size
+from graftwork.cli.problems import tell
 
 if TYPE_CHECKING:
     from graftwork.merge.engine import Step
@@ -33,6 +34,7 @@ def print_plans(
         as_json: Print JSON.
         everything: Name every tensor.
     """
+    from graftwork.merge.hub import localised
     from graftwork.merge.plan import make_plan
     from graftwork.merge.preparation import stages
     from graftwork.merge.run import check_places
@@ -40,7 +42,8 @@ def print_plans(
     if out is not None:
         check_places(file, out, settings)
     records: list[Record] = []
-    for recipe in file.recipes:
+    for written in file.recipes:
+        recipe = localised(written, options.hub(tell))
         needed = [reference.step for reference in recipe.inputs if reference.step]
         if needed:
             records.append(_later(recipe, needed))

@@ -32,7 +32,7 @@ def model_card(plan: Plan, name: str, recipe: str, metadata: Mapping[str, str]) 
         "",
         "## Inputs",
         "",
-        *(f"- {label}" for label in plan.labels),
+        *(f"- {label}{_origin(origin)}" for label, origin in zip(plan.labels, plan.origins(), strict=True)),
         "",
         "## Lineage",
         "",
@@ -48,3 +48,14 @@ def model_card(plan: Plan, name: str, recipe: str, metadata: Mapping[str, str]) 
         "",
     ]
     return "\n".join([*front, *body])
+
+
+def _origin(origin: Mapping[str, str]) -> str:
+    """Return which commits of which repositories an input is."""
+    found = [
+        f"{part} [{origin[f'{key}repository']}](https://huggingface.co/{origin[f'{key}repository']}) at commit "
+        f"{origin[f'{key}commit']}"
+        for key, part in (("", "model"), ("adapter_", "adapter"))
+        if f"{key}repository" in origin
+    ]
+    return f": {', '.join(found)}" if found else ""

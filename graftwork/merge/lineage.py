@@ -27,9 +27,16 @@ def text_digest(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode(errors="replace"))
 
 
-def parent_record(name: str, digest: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return what an artifact says of one of its parents: name, content digest, and the parent's own lineage."""
-    record: dict[str, Any] = {"name": name, "digest": digest}
+def parent_record(name: str, digest: str, metadata: Mapping[str, str], **origin: str) -> dict[str, Any]:
+    """Return what an artifact says of one of its parents: name, content digest, and the parent's own lineage.
+
+    Args:
+        name: What it is called.
+        digest: Its content digest.
+        metadata: Its own metadata.
+        origin: Where it comes from, such as `repository` and `commit`.
+    """
+    record: dict[str, Any] = {"name": name, "digest": digest, **origin}
     method = metadata.get(PREFIX + "method")
     if method:
         record["method"] = method

@@ -25,6 +25,7 @@ from graftwork.merge.companions import Beside, Files, check_parent, companions_o
 from graftwork.merge.engine import HOLD_BYTES, SPAN, WINDOW_BITS, Input, Step
 from graftwork.merge.errors import CheckpointError, GraftworkError, MismatchError, RecipeError, did_you_mean
 from graftwork.merge.folder import compare_configs, output_config, side_files, weights_order
+from graftwork.merge.hub import Hub, localised
 from graftwork.merge.layers import Stack, find_stacks, is_head_side, layer_of
 from graftwork.merge.methods.registry import Method, get
 from graftwork.merge.parameters import ParameterProblem, position, resolve, scopes, unmatched_filters
@@ -68,6 +69,8 @@ class Options:
         strict: Treat warnings about the recipe as errors.
         seed: Seed of random masks where the recipe gives none.
         copy_tokenizer: Take tokenizer files over from the donor.
+        cache: Root of the cache of the hub's repositories; None for where its own library has it.
+        offline: Fetch nothing; use what is in that cache.
     """
 
     on_mismatch: OnMismatch = "error"
@@ -79,6 +82,13 @@ class Options:
     strict: bool = False
     seed: int | None = None
     copy_tokenizer: bool = True
+    # Where repositories are found does not decide the result, and must not show in the plan's digest.
+    cache: Path | None = field(default=None, repr=False)
+    offline: bool = field(default=False, repr=False)
+
+    def hub(self, tell: Callable[[str], None] = lambda line: None) -> Hub:
+        """Return how repositories of the hub are found."""
+        return Hub(self.cache, self.offline, self.allow_pickle, tell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +249,12 @@ class Plan:
             texts[self.recipe.base.text] = places.get(self.recipe.base, self.recipe.base.text)
         return texts
 
+    def origins(self) -> list[dict[str, str]]:
+        """Return repository and commit of each input; nothing of a local one."""
+        named = dict.fromkeys((*self.recipe.inputs, self.recipe.donor))
+        found = [reference.origin() for reference in named]
+        return found + [{}] * (len(self.checkpoints) - len(found))
+
     def close(self) -> None:
         """Close the inputs."""
         for checkpoint in self.checkpoints:
@@ -290,7 +306,8 @@ def make_plan(recipe: Recipe, options: Options | None = None, *, steps: Mapping[
         MismatchError: The inputs do not fit each other; carries every problem.
         RecipeError: A parameter is missing or wrong for some tensor, or a warning under `strict`.
     """
-    return _Planner(recipe, options or Options(), dict(steps or {})).plan()
+    chosen = options or Options()
+    return _Planner(localised(recipe, chosen.hub()), chosen, dict(steps or {})).plan()
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ class ModelReference:
         revision: The repository's branch, tag or commit.
         adapter: A LoRA adapter that is added to the model.
         step: The name of the document whose output this is.
+        commit: The commit of a repository that has been found; `path` is where it is.
     """
 
     text: str
@@ -41,12 +42,21 @@ class ModelReference:
     revision: str | None = None
     adapter: ModelReference | None = None
     step: str | None = None
+    commit: str | None = None
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What makes two references the same model."""
         adapter = self.adapter.identity if self.adapter else None
-        return (str(self.path) if self.path else None, self.hub, self.revision, self.step, adapter)
+        if self.path is not None:
+            return (str(self.path), None, None, self.step, adapter)
+        return (None, self.hub, self.revision, self.step, adapter)
+
+    def origin(self) -> dict[str, str]:
+        """Return repository and commit of a model of the hub, for lineage; of a local one nothing."""
+        own = {"repository": self.hub, "commit": self.commit} if self.hub and self.commit else {}
+        beside = self.adapter.origin() if self.adapter else {}
+        return {**own, **{f"adapter_{key}": value for key, value in beside.items()}}
 
     def __eq__(self, other: object) -> bool:
         return self.identity == other.identity if isinstance(other, ModelReference) else NotImplemented

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from graftwork.merge.documents import LARGEST_FILE_BYTES
@@ -115,7 +116,7 @@ class References:
         model = parts[0]
         if model is None or len(parts) == 1:
             return model
-        return ModelReference(text, model.path, model.hub, model.revision, parts[1], model.step)
+        return replace(model, text=text, adapter=parts[1])
 
     def _half(self, half: str, text: str, path: str) -> ModelReference | None:
         """Return the model in one half of `model+adapter`."""
@@ -147,12 +148,6 @@ class References:
         beside = self._beside(name)
         if beside:
             self.report.problem(path, f"there is no {shown_reference(name)} in the working directory{beside}")
-        else:
-            self.report.problem(
-                path,
-                f"not yet: {shown_reference(name)} is no folder or file here, and repositories of the hub are not "
-                "supported; download it and give its folder",
-            )
         return ModelReference(half, hub=name, revision=revision or None)
 
     def _looks_like_a_path(self, name: str) -> bool:

@@ -18,6 +18,7 @@ from graftwork.merge.card import model_card
 from graftwork.merge.checkpoint import BLOCK, TASK_MASKS_NAME, Checkpoint, content_digest, tensor_digest
 from graftwork.merge.engine import FUSE_ABOVE, Engine, Input, Sink, Stopped
 from graftwork.merge.errors import CheckpointError, DependencyError, GraftworkError, OutputError
+from graftwork.merge.hub import localised
 from graftwork.merge.plan import Options, Plan, canonical_recipe, donor_files, make_plan
 from graftwork.merge.preparation import prepare
 from graftwork.merge.recipe import ModelReference, Recipe, RecipeFile, Slice, Source, load_recipe
@@ -150,6 +151,8 @@ def merge(
     chosen = replace(chosen, force=force or chosen.force, threads=threads or chosen.threads)
     target = Path(out)
     places = check_places(file, target, chosen)
+    hub = (options or Options()).hub(tell)
+    file = replace(file, recipes=tuple(localised(item, hub) for item in file.recipes))
     temporary = places[0].parent if places[-1] == target and len(places) > 1 and chosen.intermediate is None else None
     made: dict[str, Path] = {}
     with _steps_folder(temporary) as done:
@@ -543,7 +546,7 @@ def _parent(plan: Plan, number: int, inputs: Mapping[tuple[int, str], bytes]) ->
         whole = content_digest(
             (entry.name, entry.dtype, entry.shape, inputs[number, entry.name]) for entry in checkpoint.tensors.values()
         )
-    return lineage.parent_record(plan.labels[number], whole, checkpoint.metadata)
+    return lineage.parent_record(plan.labels[number], whole, checkpoint.metadata, **plan.origins()[number])
 
 
 def _metadata(plan: Plan, digest: str, inputs: Mapping[tuple[int, str], bytes], output: str) -> dict[str, str]:

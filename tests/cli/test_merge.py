@@ -170,7 +170,7 @@ def test_the_seed_decides_random_masks(command: Command, models: Path) -> None:
 _FLAGS_WITHOUT_EFFECT = [
     ["--read-to-gpu"], ["--low-cpu-memory"], ["--multi-gpu"], ["--gpu-rich"], ["--lazy-unpickle"], ["--async-write"],
     ["--clone-tensors"], ["--trust-remote-code"], ["--write-threads", "3"], ["--lora-merge-cache", "x"],
-    ["--lora-merge-dtype", "float16"], ["--transformers-cache", "x"], ["--safe-serialization"],
+    ["--lora-merge-dtype", "float16"], ["--safe-serialization"],
     ["--no-lazy-unpickle"], ["--no-read-to-gpu"], ["--no-unsafe-truncate-embeddings"],
 ]  # fmt: skip
 
@@ -397,4 +397,14 @@ def test_an_unfinished_merge_of_another_size_of_shards_leaves_no_trace(command: 
         "README.md",
         "graftwork_recipe.yml",
         "model.safetensors",
+    ]
+
+
+def test_repositories_of_the_hub_are_looked_for_in_the_cache_that_is_named(command: Command, models: Path) -> None:
+    path = recipe(models / "r.yml", models=[{"model": "org/one", "parameters": {"weight": 1}}])
+    outcome = command("merge", path, "out", "--offline", "--transformers-cache", "cache")
+    assert outcome.code == 1
+    assert outcome.errors == [
+        'error: models[0].model: "org/one" is no folder or file here, and it is not in the hub\'s cache at "cache", '
+        "and --offline is given"
     ]

@@ -450,8 +450,6 @@ def test_a_folder_beside_the_recipe_is_found(models):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("org/name", "not yet: "),
-        ("gpt2@main", "not yet: "),
         ("A+C+Z", "more than one `+`"),
         ("a@b@c", "more than one `@`"),
         ("A@main", '"A" is local; a revision is for repositories of the hub'),
@@ -474,6 +472,22 @@ def test_references_that_cannot_be_used(text, said):
         else problems("{merge_method: linear, parameters: {weight: 1}, models: [{model: {path: A}}]}")[0]
     )
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("text", "hub", "revision", "adapter"),
+    [
+        ("org/name", "org/name", None, None),
+        ("gpt2@main", "gpt2", "main", None),
+        ("org/name@v1+x/lora@abc", "org/name", "v1", "x/lora"),
+        ("{model: {path: org/name, revision: v1}, lora: x/lora}", "org/name", "v1", "x/lora"),
+    ],
+)
+def test_references_to_the_hub_are_read_without_looking_for_them(text, hub, revision, adapter):
+    recipe = one(f"{{merge_method: linear, parameters: {{weight: 1}}, models: [{{model: {text}}}, {{model: A}}]}}")
+    reference = recipe.inputs[0]
+    assert (reference.path, reference.hub, reference.revision) == (None, hub, revision)
+    assert (reference.adapter and reference.adapter.hub) == adapter
 
 
 def test_a_reference_may_be_written_out():
