@@ -97,7 +97,7 @@ class Aggregation:
             ) from None
         if method.maximum_models is not None:
             raise FederationError(
-                f"{doing}: it takes at most {method.maximum_models} besides a base; a round has as many as clients answer"
+                f"{doing}: it takes at most {method.maximum_models} besides a base; a round has one per client"
             )
         if method.companions is not None:
             raise FederationError(f"{doing}: it reads files beside each model, which replies do not have")

@@ -1,0 +1,237 @@
+"""Tests of `graftwork simulate`: what it prints, what it leaves behind, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Command
+
+pytest.importorskip("flwr")
+pytestmark = pytest.mark.flower
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "federated.json"
+
+COMMON = ["-r", "3", "--set", "optimiser=adam", "--set", "learning_rate=0.003"]
+CASES = {"fedavg": COMMON, "fedbn": COMMON, "fedka": ["--target", "rotate", *COMMON]}
+"""Runs whose numbers are kept in a golden file."""
+
+FEDERATION = '''
+"""Four sites that tell two clouds of points apart; a site called broken raises if there is a file called break."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from graftwork.merge.task import Task
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.neck = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.neck(x))
+
+
+def task(name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(40) % 2
+    inputs = torch.randn(40, 4, generator=generator) + 2 * labels[:, None] - 1
+
+    def batches():
+        if (Path(__file__).parent / f"break-{name}").exists():
+            raise RuntimeError("the disk is gone")
+        yield inputs, labels
+
+    return Task(name, model=Net, batches=batches, test=lambda: iter([(inputs, labels)]), head="head")
+
+
+def federation():
+    return {f"s{i}": task(f"s{i}", i) for i in range(4)}
+'''
+
+
+@pytest.fixture
+def site_file(tmp_path: Path) -> Path:
+    path = tmp_path / "sites.py"
+    path.write_text(FEDERATION)
+    return path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "timing.jsonl"
+    }
+
+
+@pytest.mark.parametrize("algorithm", list(CASES))
+def test_runs_give_the_numbers_of_the_golden_file_and_learn(algorithm: str, command: Command) -> None:
+    """Accuracy within one sample, losses within 1e-4; and far above chance, or the golden file proves nothing."""
+    outcome = command("simulate", "digits", "-a", algorithm, *CASES[algorithm], "--json")
+    assert outcome.code == 0, outcome.err
+    lines = json.loads(outcome.out)["lines"]
+    golden = json.loads(GOLDEN.read_text())[algorithm]
+    assert len(lines) == len(golden)
+    for line, kept in zip(lines, golden, strict=True):
+        assert line["answered"] == kept["answered"]
+        assert line["bytes"] == kept["bytes"]
+        assert line["train_loss"] == pytest.approx(kept["train_loss"], abs=1e-4)
+        assert line["accuracy"] == pytest.approx(kept["accuracy"], abs=1 / 719 + 1e-9)
+        for site, numbers in kept["sites"].items():
+            assert line["sites"][site]["accuracy"] == pytest.approx(numbers["accuracy"], abs=1 / 719 + 1e-9)
+    assert lines[-1]["train_loss"] < 0.7 * lines[0]["train_loss"]
+    assert lines[-1]["accuracy"] > 0.4
+
+
+def test_one_line_per_round_and_a_run_folder(command: Command, site_file: Path, tmp_path: Path) -> None:
+    outcome = command("simulate", f"{site_file}:federation", "-r", "2", "--out", "run", "--keep-sites")
+    assert outcome.code == 0, outcome.err
+    lines = [line for line in outcome.err.splitlines() if line.startswith("round ")]
+    form = r"round \d/2  4/4 sites  loss \d\.\d{4}  accuracy \d+\.\d\d %  \d+\.\d s  [\d.]+ [kKM]?B"
+    assert len(lines) == 2
+    assert all(re.fullmatch(form, line) for line in lines), lines
+    names = set(files(tmp_path / "run"))
+    assert {"config.json", "metrics.jsonl", "summary.json", "report.html", "model.safetensors"} <= names
+    assert "checkpoints/round-0002/global.safetensors" in names
+    assert "checkpoints/round-0002/sites/s3.safetensors" in names
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "<svg" in report
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", report)
+
+
+def test_the_global_model_is_a_checkpoint_like_any_other(command: Command, site_file: Path) -> None:
+    command("simulate", f"{site_file}:federation", "-r", "1", "--out", "run")
+    assert command("verify", "run/model.safetensors").code == 0
+    started = command("simulate", f"{site_file}:federation", "-r", "1", "--init", "run/model.safetensors", "--json")
+    again = command("simulate", f"{site_file}:federation", "-r", "1", "--json")
+    first, second = (json.loads(each.out)["lines"][0]["train_loss"] for each in (started, again))
+    assert first < second
+
+
+def test_a_missed_quorum_ends_with_exit_code_3_and_can_be_resumed(
+    command: Command, site_file: Path, tmp_path: Path
+) -> None:
+    for name in ("s0", "s1", "s2"):
+        (tmp_path / f"break-{name}").touch()
+    outcome = command("simulate", f"{site_file}:federation", "-r", "2", "--out", "run")
+    assert outcome.code == 3
+    assert outcome.errors[0] == "error: round 1: 1 of 4 sites gave a usable answer (train), and 2 have to"
+    assert [line.split(": ")[1] for line in outcome.errors[1:]] == ['site "s0"', 'site "s1"', 'site "s2"']
+    assert "the disk is gone" in outcome.errors[1]
+    for name in ("s0", "s1", "s2"):
+        (tmp_path / f"break-{name}").unlink()
+    assert command("simulate", "--resume", "run").code == 0
+
+
+def test_wrong_input_is_one_line(command: Command, site_file: Path) -> None:
+    for arguments, text in (
+        (["digits", "-a", "fedpox"], 'did you mean "fedprox"'),
+        (["digits", "-a", "fedavg", "--set", "learning_rat=1"], 'did you mean "learning_rate"'),
+        (["digitz"], 'did you mean "digits"'),
+        (["digits", "-a", "fedka"], "name one with --target"),
+        (["digits", "--aggregate", "tiess"], 'did you mean "ties"'),
+        (["digits", "--participation", "0"], "participation is 0"),
+        ([f"{site_file}:federation", "--exchange", "haed.*"], "no tensor has such a name"),
+        (["--resume", "nowhere"], "there is no run"),
+    ):
+        outcome = command("simulate", *arguments)
+        assert outcome.code == 1, arguments
+        assert len(outcome.errors) == 1
+        assert text in outcome.errors[0]
+    assert command("simulate").code == 2
+    assert command("simulate", "digits", "--set", "mu").code == 2
+
+
+def test_a_run_is_not_overwritten(command: Command, site_file: Path) -> None:
+    assert command("simulate", f"{site_file}:federation", "-r", "1", "--out", "run").code == 0
+    outcome = command("simulate", f"{site_file}:federation", "-r", "1", "--out", "run")
+    assert outcome.code == 1
+    assert "go on with --resume, or replace it with --force" in outcome.errors[0]
+    assert command("simulate", f"{site_file}:federation", "-r", "1", "--out", "run", "--force").code == 0
+
+
+@pytest.mark.slow
+def test_workers_do_not_change_a_byte(command: Command, site_file: Path, tmp_path: Path) -> None:
+    for workers in (0, 1, 4):
+        out = f"run{workers}"
+        outcome = command("simulate", f"{site_file}:federation", "-a", "fedbn", "-r", "2", "-w", workers, "-o", out)
+        assert outcome.code == 0, outcome.err
+    first = files(tmp_path / "run0")
+    assert files(tmp_path / "run1") == first
+    assert files(tmp_path / "run4") == first
+
+
+@pytest.mark.slow
+def test_a_process_killed_after_round_2_goes_on_to_the_same_bytes(
+    command: Command, site_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["simulate", f"{site_file}:federation", "-a", "fedbn", "-r", "400", "--keep-rounds", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "graftwork.cli", *arguments, "-o", "killed"],
+        cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len([line for line in metrics.read_text().splitlines() if line])
+    assert 3 <= done < 400
+    total = str(done + 3)
+    assert command("simulate", "--resume", "killed", "-r", total).code == 0
+    config = json.loads((tmp_path / "killed" / "config.json").read_text())
+    assert config["experiment"]["rounds"] == 400
+    arguments[arguments.index("400")] = total
+    assert command(*arguments, "-o", "whole").code == 0
+    whole, killed = files(tmp_path / "whole"), files(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    assert [name for name in whole if whole[name] != killed[name]] == ["config.json"]
+
+
+@pytest.mark.slow
+def test_workers_that_die_or_hang_cost_their_client_only(command: Command, site_file: Path, tmp_path: Path) -> None:
+    text = site_file.read_text().replace(
+        'raise RuntimeError("the disk is gone")',
+        "import os, time\n            os._exit(7) if name == 's0' else time.sleep(60)",
+    )
+    site_file.write_text(text)
+    for name in ("s0", "s1"):
+        (tmp_path / f"break-{name}").touch()
+    outcome = command("simulate", f"{site_file}:federation", "-r", "1", "-w", "2", "--deadline", "8", "--json")
+    assert outcome.code == 0, outcome.err
+    line = json.loads(outcome.out)["lines"][0]
+    assert line["answered"] == 2
+    assert "exit code 7" in line["failed"]["s0"]
+    assert "no answer within 8 s" in line["failed"]["s1"]
+
+
+@pytest.mark.slow
+def test_flowers_own_simulation_gives_the_same_model(command: Command, site_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    arguments = ["simulate", f"{site_file}:federation", "-r", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "graftwork.cli", *arguments, "--backend", "ray", "-o", "ray"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "flwr run" in done.stderr
+    assert command(*arguments, "-o", "own").code == 0
+    name = "model.safetensors"
+    assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
