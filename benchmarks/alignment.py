@@ -423,7 +423,8 @@ def show_widths(folder: Path, records: Sequence[dict[str, Any]]) -> None:
         )
 
     ticks = {float(width): str(width) for width in widths}
-    most = max(len(of[width]) for width in widths)
+    counts = sorted({len(of[width]) for width in widths})
+    pairs = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     line_picture(
         [
             Panel(
@@ -448,7 +449,7 @@ def show_widths(folder: Path, records: Sequence[dict[str, Any]]) -> None:
         ],
         folder / "barrier-by-width.png",
         title="The barrier falls, the distance hardly does",
-        subtitle=f"Perceptrons 64-w-w-w-10 on digits; means of {most} pairs, single pairs behind",
+        subtitle=f"Perceptrons 64-w-w-w-10 on digits; means of {pairs} pairs, single pairs behind",
     )
     shown = 512 if 512 in of else widths[-1]
 
