@@ -153,17 +153,17 @@ def cholesky_column(p: Tensor, number: int) -> Tensor:
     return torch.zeros_like(p).scatter_(-1, order, column)
 
 
-def _words(shape: tuple[int, ...], count: int, indices: Sequence[int], seed: int, task: str) -> Any:
+def _words(count: int, indices: Sequence[int], seed: int, task: str) -> Any:
     """Return `count` random words for each example; they depend on the example alone, not on its batch."""
-    positions = np.arange(count)
-    return np.stack([random_words(stream_key(seed, f"signs of {task}", index), positions) for index in indices])
+    keys = random_words(stream_key(seed, f"signs of {task}", 0), np.asarray(indices))
+    return random_words(keys[:, None], np.arange(count))
 
 
 def _signs(p: Tensor, indices: Sequence[int], seed: int, task: str) -> Tensor:
     import torch
 
     per_example = math.prod(p.shape[1:])
-    words = _words(p.shape, -(-per_example // 64), indices, seed, task)
+    words = _words(-(-per_example // 64), indices, seed, task)
     bits = np.unpackbits(words.astype("<u8").view(np.uint8), axis=1, bitorder="little")[:, :per_example]
     signs: Tensor = torch.from_numpy(bits).reshape(p.shape).to(p.device, p.dtype).mul_(2).sub_(1)
     return signs
@@ -172,7 +172,7 @@ def _signs(p: Tensor, indices: Sequence[int], seed: int, task: str) -> Tensor:
 def _uniform(shape: tuple[int, ...], like: Tensor, indices: Sequence[int], seed: int, task: str) -> Tensor:
     import torch
 
-    words = _words(shape, math.prod(shape[1:]), indices, seed, task)
+    words = _words(math.prod(shape[1:]), indices, seed, task)
     drawn: Tensor = torch.from_numpy(((words >> np.uint64(11)) + 0.5) * 2.0**-53).reshape(shape).to(like.device)
     return drawn
 

@@ -27,9 +27,11 @@ EXAMPLES = 256
 _GAMMA, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-def random_words(key: int, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Return the 64-bit words of a stream at these positions (SplitMix64)."""
-    word = np.uint64(key) + (positions.astype(np.uint64) + np.uint64(1)) * _GAMMA
+def random_words(
+    key: int | np.ndarray[Any, np.dtype[np.uint64]], positions: np.ndarray[Any, Any]
+) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Return the 64-bit words of a stream, or of several that broadcast, at these positions (SplitMix64)."""
+    word = np.asarray(key, np.uint64) + (positions.astype(np.uint64) + np.uint64(1)) * _GAMMA
     word = (word ^ (word >> np.uint64(30))) * _FIRST
     word = (word ^ (word >> np.uint64(27))) * _SECOND
     mixed: np.ndarray[Any, np.dtype[np.uint64]] = word ^ (word >> np.uint64(31))
