@@ -281,15 +281,6 @@ def _on(index: NDArray[np.int64], like: Tensor) -> Tensor:
 # Uses and score matrices
 
 
-def _difference(values: Tensor, one: NDArray[np.int64], other: NDArray[np.int64]) -> Tensor:
-    """Return rows `one` minus rows `other`."""
-    if values.device.type != "cpu":
-        return values.index_select(0, _on(one, values)) - values.index_select(0, _on(other, values))
-    result = torch.empty(len(one), values.shape[1], dtype=values.dtype)
-    _subtract_rows(values.numpy(), one, other, result.numpy())
-    return result
-
-
 @cached
 def _subtract_rows(values: Any, one: Any, other: Any, result: Any) -> None:
     for row in range(len(one)):
@@ -349,6 +340,7 @@ class Workbench:
         self.nodes = nodes_of(spec)
         self.orders: Orders = {}
         self.threads = 1
+        self._held: dict[tuple[int, torch.dtype], Tensor] = {}
         self.matrices: dict[str, list[ScoreMatrix]] = {name: [] for name in self.nodes}
         self.partners: dict[str, set[str]] = {name: set() for name in self.nodes}
         self.acts_twice: set[str] = set()
@@ -435,15 +427,14 @@ class Workbench:
             wanted = tuple(atom_index(self.spec, self.orders, atom) for atom in use.partners)
             if use.applied is None:
                 left, right = self._lay_out(matrix, use)
-                for axis, index in enumerate(wanted):
-                    right = right.index_select(axis, _on(index, right))
+                right = self._rows(right, wanted[0], 0) if len(wanted) == 1 else self._taken(right, wanted)
                 self._add_product(matrix, left, right)
             elif len(wanted) == 1:
                 rows = np.flatnonzero(wanted[0] != use.applied[0])
                 if len(rows):
                     left, right = self._lay_out(matrix, use)
-                    difference = _difference(right, wanted[0][rows], use.applied[0][rows])
-                    self._add_product(matrix, left.index_select(0, _on(rows, left)), difference)
+                    difference = self._difference(right, wanted[0][rows], use.applied[0][rows])
+                    self._add_product(matrix, self._rows(left, rows, 1), difference)
                     changed += len(rows) / len(wanted[0]) * math.prod(use.piece.shape)
             elif any(not np.array_equal(new, old) for new, old in zip(wanted, use.applied, strict=True)):
                 left, right = self._lay_out(matrix, use)
@@ -455,6 +446,28 @@ class Workbench:
         if matrix.values is None:
             matrix.values = torch.zeros(matrix.units, matrix.units, dtype=torch.float32)
         return matrix.values
+
+    def _room(self, count: int, values: Tensor, slot: int) -> Tensor:
+        """Return memory for so many rows of a matrix, the same in each call: fresh pages cost as much as a copy."""
+        size = count * values.shape[1]
+        held = self._held.get((slot, values.dtype))
+        if held is None or held.numel() < size:
+            held = self._held[slot, values.dtype] = torch.empty(size, dtype=values.dtype)
+        return held[:size].view(count, -1)
+
+    def _rows(self, values: Tensor, rows: NDArray[np.int64], slot: int) -> Tensor:
+        """Return rows of a matrix, until the next call with this slot."""
+        if values.device.type != "cpu":
+            return values.index_select(0, _on(rows, values))
+        return torch.index_select(values, 0, torch.from_numpy(rows), out=self._room(len(rows), values, slot))
+
+    def _difference(self, values: Tensor, one: NDArray[np.int64], other: NDArray[np.int64]) -> Tensor:
+        """Return rows `one` minus rows `other`, until the next call for rows with slot 0."""
+        if values.device.type != "cpu":
+            return values.index_select(0, _on(one, values)) - values.index_select(0, _on(other, values))
+        result = self._room(len(one), values, 0)
+        _subtract_rows(values.numpy(), one, other, result.numpy())
+        return result
 
     def _taken(self, values: Tensor, indices: Sequence[NDArray[np.int64]]) -> Tensor:
         for axis, index in enumerate(indices):
