@@ -29,21 +29,30 @@ SPECIALISTS = TASKS[1:]
 PAIR = ("turned", "scrambled")
 """What methods of two models merge."""
 
-Parameters = Mapping[str, float]
+Parameters = Mapping[str, float | str]
 
 _ALL = {"weight": 1.0}
 _SUM = {"weight": 0.65}
 
 SETTINGS: Mapping[str, Parameters] = MappingProxyType(
     {
+        "adamerging": {},
         "arcee_fusion": {},
         "breadcrumbs": {**_SUM, "density": 0.7, "gamma": 0.01},
         "breadcrumbs_ties": {**_SUM, "density": 0.7, "gamma": 0.01},
+        "concrete_adamerging": {},
+        "concrete_task_arithmetic": {},
+        "consensus_ta": {"scale": 0.65},
+        "consensus_ties": {"scale": 0.65},
         "dare_linear": {**_SUM, "density": 0.5, "seed": 0},
         "dare_ties": {**_SUM, "density": 0.5, "seed": 0},
         "della": {**_ALL, "density": 0.7, "epsilon": 0.1, "lambda": 1.2, "seed": 0},
         "della_linear": {**_SUM, "density": 0.5, "epsilon": 0.1, "seed": 0},
+        "emr": {},
+        "fisher": {},
         "geometric_median": {},
+        "iso_c": {},
+        "iso_cts": {},
         "karcher": {},
         "linear": _ALL,
         "model_stock": {},
@@ -51,11 +60,14 @@ SETTINGS: Mapping[str, Parameters] = MappingProxyType(
         "nearswap": {"t": 0.003},
         "nuslerp": {"weight": 0.5},
         "passthrough": {},
+        "pcb": {},
         "ram": {"epsilon": 0.003},
         "ramplus_tl": {"epsilon": 0.003},
+        "regmean": {},
         "sce": {"select_topk": 1.0},
         "slerp": {"t": 0.5},
         "task_arithmetic": _SUM,
+        "tsv_m": {},
         "ties": {**_ALL, "density": 0.3, "lambda": 1.5},
     }
 )
@@ -65,7 +77,15 @@ The table shows the test split. The guises and the training recipe were settled 
 what merging does to these models; it does not rank the methods in general.
 """
 
-Kind = Literal["base", "specialist", "merged"]
+LEFT_OUT: Mapping[str, str] = MappingProxyType(
+    {"tall_masks": "merges as task_arithmetic does, and writes masks beside it", "task_model": "undoes a merge"}
+)
+"""Methods that the demo does not show, and why."""
+
+_LEARN = {"steps": 150, "seed": 0}
+"""How the methods learn that use a mask file: unlabelled training digits, a few seconds each."""
+
+Kind = Literal["base", "specialist", "merged", "looking"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +94,7 @@ class Row:
 
     Args:
         name: Of the base, a specialist, or the method.
-        kind: Which of these it is.
+        kind: Which of these it is; `looking` for methods that look at unlabelled digits.
         model: Its checkpoint, relative to the demo's folder.
         accuracy: Task → share of the test digits that it names correctly.
         loss: Task → mean cross-entropy.
@@ -100,7 +120,7 @@ class DemoResult:
         out: Its folder.
         seed: From which everything random came.
         examples: Test digits per task.
-        rows: The base, the specialists, then the merged models, best first.
+        rows: The base, the specialists, the models merged without data, best first, and with data, best first.
         picture: The picture.
     """
 
@@ -140,7 +160,8 @@ def run_demo(
     recipes = write_recipes(out)
     for number, (method, recipe) in enumerate(recipes.items(), start=1):
         tell(f"merging with {method} ({number} of {len(recipes)})")
-        merge_models(recipe, out / method, force=force)
+        with digits.one_thread():
+            merge_models(recipe, out / method, out / "prepared", force=force)
     tell("evaluating")
     rows, examples = evaluate_models(out, tuple(recipes))
     picture = bar_picture(
@@ -201,20 +222,28 @@ def recipe_text(method: str, out: Path) -> str:
     recipe: dict[str, Any] = {"merge_method": method}
     if base is not None:
         recipe["base_model"] = _model_path(out, base)
+    looks = bool(chosen.statistics or chosen.shared)
     recipe["models"] = [
-        {"model": _model_path(out, model)} | ({"parameters": dict(per_model)} if per_model else {}) for model in models
+        {"model": _model_path(out, model)}
+        | ({"parameters": dict(per_model)} if per_model else {})
+        | ({"task": f"graftwork.simulations.digits:{model}"} if looks else {})
+        for model in models
     ]
+    if chosen.statistics:
+        recipe["measure"] = {"examples": 256, "seed": 0}
+    if chosen.shared:
+        recipe["learn"] = dict(_LEARN)
     if shared:
         recipe["parameters"] = shared
     recipe["dtype"] = "float32"
     return f"# {chosen.title}: {chosen.formula}\n" + yaml.safe_dump(recipe, sort_keys=False)
 
 
-def merge_models(recipe: Path, out: Path, *, force: bool) -> None:
+def merge_models(recipe: Path, out: Path, prepared: Path, *, force: bool) -> None:
     """Merge as the recipe says: the one place where the demo meets the engine."""
-    from graftwork.merge import merge
+    from graftwork.merge import Settings, merge
 
-    merge(recipe, out, force=force)
+    merge(recipe, out, settings=Settings(force=force, prepared=prepared))
 
 
 def evaluate_models(out: Path, methods: Sequence[str]) -> tuple[tuple[Row, ...], int]:
@@ -226,16 +255,24 @@ def evaluate_models(out: Path, methods: Sequence[str]) -> tuple[tuple[Row, ...],
     kinds: dict[str, Kind] = {
         "base": "base",
         **dict.fromkeys(SPECIALISTS, "specialist"),
-        **dict.fromkeys(methods, "merged"),
+        **{method: _kind(method) for method in methods},
     }
-    files = {name: f"{name}.safetensors" if kind != "merged" else name for name, kind in kinds.items()}
+    files = {name: name if name in methods else f"{name}.safetensors" for name in kinds}
     tasks = [load_task(f"graftwork.simulations.digits:{name}") for name in TASKS]
     with digits.one_thread():
         evaluations = evaluate({name: out / file for name, file in files.items()}, tasks)
     rows = [_row(name, kinds[name], files[name], [e for e in evaluations if e.checkpoint == name]) for name in kinds]
-    trained = [row for row in rows if row.kind != "merged"]
-    merged = sorted((row for row in rows if row.kind == "merged"), key=lambda row: (-row.mean, row.name))
-    return (*trained, *merged), evaluations[0].examples
+    order = list(_HEADINGS)
+    merged = {"merged", "looking"}
+    rows.sort(key=lambda row: (order.index(row.kind), (-row.mean, row.name) if row.kind in merged else ()))
+    return tuple(rows), evaluations[0].examples
+
+
+def _kind(method: str) -> Kind:
+    from graftwork.merge.methods import get
+
+    chosen = get(method)
+    return "looking" if chosen.statistics or chosen.shared else "merged"
 
 
 def table(result: DemoResult) -> Table:
@@ -247,7 +284,7 @@ def table(result: DemoResult) -> Table:
     for task in TASKS:
         shown.add_column(task, justify="right")
     shown.add_column("mean", justify="right")
-    best = max((row.mean for row in result.rows if row.kind == "merged"), default=math.nan)
+    best = max((row.mean for row in result.rows if row.name in SETTINGS), default=math.nan)
     previous: Kind | None = None
     for row in result.rows:
         if row.kind != previous:
@@ -273,7 +310,7 @@ def record(result: DemoResult) -> dict[str, Any]:
                 "name": row.name,
                 "kind": row.kind,
                 "model": row.model,
-                "parameters": dict(SETTINGS[row.name]) if row.kind == "merged" else None,
+                "parameters": dict(SETTINGS[row.name]) if row.name in SETTINGS else None,
                 "accuracy": {**row.accuracy, "mean": round(row.mean, 6)},
                 "loss": {task: round(loss, 6) if math.isfinite(loss) else str(loss) for task, loss in row.loss.items()},
             }
@@ -282,7 +319,12 @@ def record(result: DemoResult) -> dict[str, Any]:
     }
 
 
-_HEADINGS: Mapping[Kind, str] = {"base": "pre-trained", "specialist": "fine-tuned", "merged": "merged"}
+_HEADINGS: Mapping[Kind, str] = {
+    "base": "pre-trained",
+    "specialist": "fine-tuned",
+    "merged": "merged",
+    "looking": "with unlabelled digits",
+}
 
 
 def _row(name: str, kind: Kind, model: str, evaluations: Sequence[Evaluation]) -> Row:

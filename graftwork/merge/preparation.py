@@ -321,7 +321,7 @@ class _Preparation:
             from graftwork.merge.statistics import measure_to_file
             from graftwork.merge.task import load_task
 
-            measure_to_file(kind, checkpoints[0], load_task(task), path, force=True, **settings)
+            measure_to_file(kind, checkpoints[0], load_task(task), path, force=True, device=self.device, **settings)
 
         return measure
 
@@ -338,7 +338,7 @@ class _Preparation:
             if self.recipe.exclude:
                 settings["exclude"] = list(self.recipe.exclude)
             path = self._make(
-                "mask.safetensors",
+                f"{self.recipe.method}.mask.safetensors",
                 f"what {self.recipe.method} learns of {len(models)} models",
                 [group.base, *models],
                 tasks,
@@ -366,7 +366,7 @@ class _Preparation:
             labels = [self.labels[reference] for reference in (group.base, *(item.model for item in group.models))]
             learned = learn_merge(
                 base, experts, [load_task(task) for task in tasks], labels=labels, settings=Learning(**chosen),
-                state=path.with_name("mask.state.safetensors"),
+                state=path.with_name(f"{self.recipe.method}.state.safetensors"),
             )  # fmt: skip
             for warning in learned.report.warnings:
                 self.tell(f"warning: {warning}")

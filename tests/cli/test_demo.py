@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from graftwork.cli.demo import SETTINGS, SPECIALISTS, TASKS, DemoResult, Row, run_demo, table, write_recipes
+from graftwork.cli.demo import LEFT_OUT, SETTINGS, SPECIALISTS, TASKS, DemoResult, Row, run_demo, table, write_recipes
 from graftwork.merge.errors import DependencyError, OutputError
 from graftwork.merge.evaluation import evaluate
 from graftwork.merge.methods import get, names
@@ -35,7 +35,8 @@ def row_of(result: DemoResult, name: str) -> Row:
 
 
 def test_every_method_is_in_the_demo_with_parameters_that_it_has() -> None:
-    assert set(SETTINGS) == set(names())
+    assert set(SETTINGS) | set(LEFT_OUT) == set(names())
+    assert not set(SETTINGS) & set(LEFT_OUT)
     for method, settings in SETTINGS.items():
         assert set(settings) <= set(get(method).parameters)
 
@@ -152,8 +153,8 @@ def test_an_average_is_better_than_any_specialist_and_task_arithmetic_much_bette
 
 @pytest.mark.slow
 def test_every_method_keeps_what_the_base_knew(demo: tuple[DemoResult, list[str]]) -> None:
-    merged = [row for row in demo[0].rows if row.kind == "merged"]
-    assert {row.name for row in merged} == set(names())
+    merged = [row for row in demo[0].rows if row.kind in {"merged", "looking"}]
+    assert {row.name for row in merged} == set(SETTINGS)
     assert min(row.accuracy["clean"] for row in merged) > 0.9
     assert min(row.mean for row in merged) > row_of(demo[0], "base").mean - 0.01
 
@@ -182,7 +183,7 @@ def test_the_table_has_a_row_for_every_model_and_the_best_merge_first(demo: tupl
     assert [line[0] for line in lines if len(line) == 6][1:] == [row.name for row in result.rows]
     merged = [row.mean for row in result.rows if row.kind == "merged"]
     assert merged == sorted(merged, reverse=True)
-    assert sum(line.startswith("merging with") for line in told) == len(names())
+    assert sum(line.startswith("merging with") for line in told) == len(SETTINGS)
 
 
 @pytest.mark.slow

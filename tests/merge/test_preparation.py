@@ -146,7 +146,7 @@ models:
 @pytest.mark.parametrize("method", ["adamerging", "concrete_task_arithmetic", "concrete_adamerging"])
 def test_a_mask_that_is_missing_is_learned(workplace: Path, method: str) -> None:
     merge(write(LEARNED.format(method=method, more="")), "out.safetensors")
-    mask = workplace / "out.safetensors.made" / "mask.safetensors"
+    mask = workplace / "out.safetensors.made" / f"{method}.mask.safetensors"
     stamp = mask.stat().st_mtime_ns
     first = Path("out.safetensors").read_bytes()
     merge("recipe.yml", "out.safetensors", force=True)
@@ -154,6 +154,43 @@ def test_a_mask_that_is_missing_is_learned(workplace: Path, method: str) -> None
     assert Path("out.safetensors").read_bytes() == first
     merge(write(LEARNED.format(method=method, more=", seed: 3")), "out.safetensors", force=True)
     assert Path("out.safetensors").read_bytes() != first
+
+
+MEASURED = """
+merge_method: {method}
+measure: {{examples: {examples}}}
+models:
+- {{model: one.safetensors, task: "tasks.py:one"}}
+- {{model: two.safetensors, task: "tasks.py:two"}}
+"""
+
+
+@pytest.mark.parametrize(("method", "kind"), [("fisher", "fisher"), ("regmean", "gram")])
+def test_statistics_that_are_missing_are_measured_once(workplace: Path, method: str, kind: str) -> None:
+    merge(write(MEASURED.format(method=method, examples=40)), "out.safetensors")
+    places = [workplace / "out.safetensors.made" / f"{name}.{kind}.safetensors" for name in ("one", "two")]
+    stamps = [place.stat().st_mtime_ns for place in places]
+    first = load_file("out.safetensors")
+    merge(write(MEASURED.format(method="linear", examples=40) + "parameters: {weight: 1}"), "mean.safetensors")
+    assert not torch.equal(first["0.weight"], load_file("mean.safetensors")["0.weight"])
+    changed = {name: value + 0.01 for name, value in load_file("two.safetensors").items()}
+    save_file(changed, "two.safetensors")
+    merge(write(MEASURED.format(method=method, examples=40)), "out.safetensors", force=True)
+    assert places[0].stat().st_mtime_ns == stamps[0]
+    assert places[1].stat().st_mtime_ns != stamps[1]
+    merge(write(MEASURED.format(method=method, examples=60)), "out.safetensors", force=True)
+    assert places[0].stat().st_mtime_ns != stamps[0]
+
+
+def test_one_file_aligns_measures_merges_and_evaluates(workplace: Path) -> None:
+    text = ALIGNED.replace("linear\nparameters: {weight: 0.5}", "fisher\nmeasure: {examples: 50}")
+    text = text.replace("{model: shuffled.safetensors}", '{model: shuffled.safetensors, task: "tasks.py:two"}')
+    result = merge(write(text), "out.safetensors")
+    merged, base = load_file("out.safetensors"), load_file("base.safetensors")
+    assert all(torch.allclose(merged[name], base[name], atol=1e-6) for name in base)
+    assert [item.task for item in result.evaluations] == ["one", "two"]
+    made = {path.name for path in (workplace / "out.safetensors.made").iterdir()}
+    assert {"base.fisher.safetensors", "shuffled.fisher.safetensors", "shuffled.aligned.safetensors"} <= made
 
 
 def test_learning_for_another_method_is_refused(workplace: Path) -> None:
