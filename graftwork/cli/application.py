@@ -10,6 +10,7 @@ import typer
 from graftwork.cli.barrier import barrier, lmc
 from graftwork.cli.demonstration import demo
 from graftwork.cli.difference import diff
+from graftwork.cli.doctor import doctor
 from graftwork.cli.evaluate import evaluate
 from graftwork.cli.extract_lora import extract_lora
 from graftwork.cli.fisher import fisher
@@ -65,6 +66,7 @@ for command in (
     gram,
     extract_lora,
     verify,
+    doctor,
     schema,
     simulate,
     demo,

@@ -16,7 +16,7 @@ from graftwork.cli.progress import ByteProgress
 from graftwork.merge.methods import get, names
 from tests.cli.conftest import Command
 
-COMMANDS = ("merge", "inspect", "diff", "methods", "evaluate", "match", "verify", "schema", "demo")
+COMMANDS = ("merge", "inspect", "diff", "methods", "evaluate", "match", "verify", "doctor", "schema", "demo")
 
 _TASK = """
 import torch
