@@ -22,7 +22,7 @@ FORBIDDEN = {
 """What no file of a package may import, at its top or inside a function."""
 
 
-BUILT_ON_TORCH = ("graftwork.merge.subspace",)
+BUILT_ON_TORCH = ("graftwork.merge.subspace", "graftwork.merge.statistics.engines", "graftwork.merge.alignment.scores")
 """Parts of the engine that run networks: they import torch at their top, and nothing else imports them at its own."""
 
 
