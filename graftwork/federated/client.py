@@ -119,6 +119,10 @@ class Worker:
             self._algorithm = create(self.experiment.algorithm, self.experiment.settings)
         return self._algorithm
 
+    def prepare(self) -> None:
+        """Load what any message needs, so that a site's deadline does not count it."""
+        _ = self.federation, self.algorithm
+
     def site_of(self, context: Context) -> str:
         """Return the site of the node that works here: named by the node's configuration, or by its number."""
         named = context.node_config.get("site")

@@ -184,7 +184,8 @@ class ProcessGrid(InProcessGrid):
         for place, process in enumerate(self._processes):
             if not self._jobs:
                 return
-            if process.is_dead:
+            if process.is_dead and process.job is None:
+                process.kill()
                 self._processes[place] = process = _Process(self._order, self._done)
             if process.job is None:
                 process.give(self._jobs.popleft(), self._sites)

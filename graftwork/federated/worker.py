@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -22,7 +23,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     order = json.loads(receive(inbox))
-    app = client_app(Worker(Experiment.from_record(order["experiment"]), Path(order["private"])))
+    worker = Worker(Experiment.from_record(order["experiment"]), Path(order["private"]))
+    app = client_app(worker)
+    with contextlib.suppress(Exception):  # who asks first is told what is wrong
+        worker.prepare()
     send(outbox, b"ready")
     while True:
         try:

@@ -208,17 +208,17 @@ def test_a_process_killed_after_round_2_goes_on_to_the_same_bytes(
 def test_workers_that_die_or_hang_cost_their_client_only(command: Command, site_file: Path, tmp_path: Path) -> None:
     text = site_file.read_text().replace(
         'raise RuntimeError("the disk is gone")',
-        "import os, time\n            os._exit(7) if name == 's0' else time.sleep(60)",
+        "import os, time\n            os._exit(7) if name == 's0' else time.sleep(300)",
     )
     site_file.write_text(text)
     for name in ("s0", "s1"):
         (tmp_path / f"break-{name}").touch()
-    outcome = command("simulate", f"{site_file}:federation", "-r", "1", "-w", "2", "--deadline", "8", "--json")
+    outcome = command("simulate", f"{site_file}:federation", "-r", "1", "-w", "2", "--deadline", "20", "--json")
     assert outcome.code == 0, outcome.err
     line = json.loads(outcome.out)["lines"][0]
     assert line["answered"] == 2
     assert "exit code 7" in line["failed"]["s0"]
-    assert "no answer within 8 s" in line["failed"]["s1"]
+    assert "no answer within 20 s" in line["failed"]["s1"]
 
 
 @pytest.mark.slow

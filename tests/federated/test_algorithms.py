@@ -127,6 +127,22 @@ def test_scaffold_refuses_optimisers_whose_steps_are_no_gradients() -> None:
         create("scaffold", {"optimiser": "adam"})
 
 
+def test_a_wrapped_strategy_follows_flowers_own_equations(tmp_path: Path) -> None:
+    """FedAvgM over two rounds: v ← βv + (x − mean), x ← x − v, in which the velocity has to survive the round."""
+    settings = {"learning_rate": 0.1, "server_momentum": 0.5}
+    models: list[Tensor] = []
+    for rounds in (1, 2, 3):
+        strategy = run_quadratics("fedavgm", tmp_path / str(rounds), rounds, **settings)
+        models.append(strategy.server.shared["model/w"])
+    curvatures, centres = (4.0, 1.0, 0.5), torch.tensor([[1.0, 0.0], [-3.0, 2.0], [5.0, 5.0]], dtype=torch.float64)
+    x, velocity = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for found in models:
+        mean = sum(x - 0.1 * a * (x - centre) for a, centre in zip(curvatures, centres, strict=True)) / 3
+        velocity = 0.5 * velocity + (x - mean)
+        x = x - velocity
+        torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
+
+
 class Block(nn.Module):
     """A residual block whose shortcut has a batch normalisation called `downsample.1`."""
 

@@ -509,7 +509,7 @@ def _restored(kept: Mapping[str, Tensor]) -> Moments | None:
 _EMBEDDINGS: dict[tuple[int, str], tuple[Task, str, Examples]] = {}
 """(task, split) → the task itself, so that its address stays its own; digest of the encoder; embeddings."""
 
-REMEMBERED = 64
+REMEMBERED = 1024
 
 
 def _embedded(task: Task, module: nn.Module, split: str, examples: Examples) -> Examples:
