@@ -94,9 +94,9 @@ def test_the_method_decides_what_is_learned(command: Command, folder: Path, meth
 
 def test_a_merge_learns_what_is_missing_and_leaves_out_what_is_excluded(command: Command, folder: Path) -> None:
     write_recipe(folder / "r.yml", mask=None, learn={"steps": 3}, exclude=["second.*"])
-    outcome = command("merge", "r.yml", "out.safetensors", "-q")
+    outcome = command("merge", "r.yml", "out.safetensors", "-q", "--prepared", "prepared")
     assert outcome.code == 0, outcome.err
-    [made] = folder.rglob("mask.safetensors")
+    [made] = (folder / "prepared").rglob("*mask.safetensors")
     assert {name for name in load_artifact(made, kind="mask").tensors if "." in name} == {
         "first.weight.logit", "first.bias.logit",
     }  # fmt: skip
