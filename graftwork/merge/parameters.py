@@ -64,8 +64,10 @@ def scopes(
     found: list[Scope] = []
     if parameter.per_model and source is not None:
         found.append((f"{base_path}{source.key_path}.parameters", source.parameters))
-    if recipe.sliced:
+    if recipe.sliced and not group.is_whole:
         found.append((f"{base_path}{group.key_path}.parameters", group.parameters))
+    if group.module is not None:
+        found.append((f"{base_path}modules.{group.module}.parameters", group.outer))
     return [*found, (f"{base_path}parameters", recipe.parameters)]
 
 

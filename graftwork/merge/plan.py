@@ -28,6 +28,8 @@ from graftwork.merge.folder import compare_configs, output_config, side_files, w
 from graftwork.merge.hub import Hub, localised
 from graftwork.merge.layers import Stack, find_stacks, is_head_side, layer_of
 from graftwork.merge.methods.registry import Method, get
+from graftwork.merge.modules import NAMES as MODULES
+from graftwork.merge.modules import layers_key, owner_of, section
 from graftwork.merge.parameters import ParameterProblem, position, resolve, scopes, unmatched_filters
 from graftwork.merge.problems import show
 from graftwork.merge.recipe import ModelReference, Recipe, Slice, Source
@@ -318,7 +320,7 @@ class _Wanted:
     group: Slice
     names: dict[ModelReference, str]
     position: float
-    copied: bool = False
+    copied: str = ""
 
 
 class _Planner:
@@ -428,8 +430,7 @@ class _Planner:
         self._compare_configs()
         if recipe.sliced and self.method.task_masks is not None:
             raise RecipeError(f'slices: "{recipe.method}" writes masks of whole models; give them under `models`')
-        wanted = self._sliced() if recipe.sliced else self._whole(recipe.slices[0])
-        for item in wanted:
+        for item in self._modular() if recipe.modules else self._wanted(recipe.slices):
             self._add(item)
         self._account()
         unmatched = self._unmatched()
@@ -465,6 +466,36 @@ class _Planner:
 
     # ------------------------------------------------------------ which output tensors there are
 
+    def _wanted(self, groups: Sequence[Slice]) -> list[_Wanted]:
+        return self._whole(groups[0]) if groups[0].is_whole else self._sliced(groups)
+
+    def _modular(self) -> list[_Wanted]:
+        """Return the wanted tensors of a recipe with modules; what belongs to none comes from the donor."""
+        modules = self.recipe.modules
+        names = dict.fromkeys(name for reference in self.inputs for name in self._tensors(reference))
+        stacks = find_stacks(names)
+        for module in modules:
+            if module not in {*MODULES, *stacks} or not any(owner_of(name, [module], stacks) for name in names):
+                known = [known for known in MODULES if any(owner_of(name, [known], stacks) for name in names)]
+                self.problems.append(
+                    f"modules: the models have no module {show(module)}; there are {', '.join([*stacks, *known])}"
+                )
+        if self.problems:
+            return []
+        wanted = []
+        for module, groups in modules.items():
+            found = self._wanted(groups)
+            # Layers have new numbers in the output; what a tensor belongs to does not depend on its number.
+            own = [item for item in found if owner_of(_first_layer(item.name, stacks), modules, stacks) == module]
+            wanted.extend(own)
+        done = {item.name for item in wanted}
+        donor = self.recipe.donor
+        for name in self._tensors(donor):
+            if name not in done and owner_of(name, modules, stacks) is None:
+                group = next(iter(modules.values()))[0]
+                wanted.append(_Wanted(name, group, {donor: name}, 0.0, copied="its module is not named"))
+        return wanted
+
     def _whole(self, group: Slice) -> list[_Wanted]:
         """Return the wanted tensors of a recipe without slices: the union of what its models hold."""
         order = [self.recipe.donor, *(source.model for source in group.sources)]
@@ -480,14 +511,14 @@ class _Planner:
             wanted.append(_Wanted(name, group, dict.fromkeys(holders, name), place))
         return wanted
 
-    def _sliced(self) -> list[_Wanted]:
+    def _sliced(self, groups: Sequence[Slice]) -> list[_Wanted]:
         """Return the wanted tensors of a recipe with slices: layers in order of appearance, the rest around them."""
-        stack = self._stack()
+        stack = self._stack(groups)
         if stack is None:
             return []
         wanted: list[_Wanted] = []
         number = 0
-        for group in self.recipe.slices:
+        for group in groups:
             ranges = {source.model: self._range(source, stack.prefix) for source in group.sources}
             count = min(last - first for first, last in ranges.values())
             for k in range(count):
@@ -503,18 +534,19 @@ class _Planner:
                     wanted.append(_Wanted(stack.tensor(number, suffix), group, names, position(k, count)))
                 number += 1
         rest: dict[str, Slice] = {}
-        for group in (self.recipe.slices[0], self.recipe.slices[-1]):
+        for group in (groups[0], groups[-1]):
             for reference in [source.model for source in group.sources]:
                 for name in self._around(reference, stack):
-                    if is_head_side(name) == (group is self.recipe.slices[-1]) or len(self.recipe.slices) == 1:
+                    if is_head_side(name) == (group is groups[-1]) or len(groups) == 1:
                         rest.setdefault(name, group)
         wanted.extend(
             _Wanted(name, group, {source.model: name for source in group.sources}, 0.0)
-            for name, group in [*rest.items(), *self._lent_heads(stack, rest)]
+            for name, group in [*rest.items(), *self._lent_heads(stack, rest, groups)]
         )
         donor = self.recipe.donor
         others = [name for name in self._tensors(donor) if self._elsewhere(name, donor, stack)]
-        wanted.extend(_Wanted(name, self.recipe.slices[0], {donor: name}, 0.0, copied=True) for name in others)
+        reason = "outside the sliced layers"
+        wanted.extend(_Wanted(name, groups[0], {donor: name}, 0.0, copied=reason) for name in others)
         return wanted
 
     def _around(self, reference: ModelReference, stack: Stack) -> list[str]:
@@ -536,9 +568,9 @@ class _Planner:
         modules = (prefix.rpartition(".")[0] + "." for prefix in stacks if "." in prefix and prefix != stack.prefix)
         return any(name.startswith(module) and not stack.prefix.startswith(module) for module in modules)
 
-    def _lent_heads(self, stack: Stack, rest: Mapping[str, Slice]) -> list[tuple[str, Slice]]:
+    def _lent_heads(self, stack: Stack, rest: Mapping[str, Slice], groups: Sequence[Slice]) -> list[tuple[str, Slice]]:
         """Return the head that the last slice's tied models lend where the embedding is that of another model."""
-        first, last = self.recipe.slices[0], self.recipe.slices[-1]
+        first, last = groups[0], groups[-1]
         if any(_is_head(name) for name in rest):
             return []
         heads = [name for source in first.sources for name in self._around(source.model, stack) if _is_head(name)]
@@ -548,14 +580,18 @@ class _Planner:
             if all(self._lent(source.model, name) is not None for source in last.sources)
         ]
 
-    def _stack(self) -> Stack | None:
-        """Return the stack whose layers are sliced: the only one that all inputs have."""
-        used = [source.model for group in self.recipe.slices for source in group.sources]
+    def _stack(self, groups: Sequence[Slice]) -> Stack | None:
+        """Return the stack whose layers are sliced: the only one that all inputs have, or that its module has."""
+        used = [source.model for group in groups for source in group.sources]
         common = [
             prefix
             for prefix in self.stacks[self.places[used[0]]]
             if all(prefix in self.stacks[self.places[m]] for m in used)
         ]
+        module = groups[0].module
+        if module is not None:
+            stacks = self.stacks[self.places[used[0]]]
+            common = [prefix for prefix in common if owner_of(f"{prefix}.0.x", [module], stacks)]
         if len(common) > 1:
             text = [prefix for prefix in common if "language_model" in prefix or "text" in prefix]
             common = text if len(text) == 1 else common
@@ -593,7 +629,7 @@ class _Planner:
         group = wanted.group
         if wanted.copied:
             ((reference, name),) = wanted.names.items()
-            self._take(wanted, (reference, self._tensors(reference)[name]), "outside the sliced layers")
+            self._take(wanted, (reference, self._tensors(reference)[name]), wanted.copied)
             return
         held: dict[ModelReference, TensorEntry] = {}
         for reference, name in wanted.names.items():
@@ -629,7 +665,7 @@ class _Planner:
             if reference in held:
                 return reference, held[reference]
             entry = self._tensors(reference).get(wanted.name)
-            if entry is not None and not self.recipe.sliced:
+            if entry is not None and wanted.group.is_whole:
                 return reference, entry
         return None
 
@@ -911,6 +947,7 @@ class _Planner:
         seen: list[tuple[str, Mapping[str, object]]] = [("parameters", self.recipe.parameters)]
         for group in self.recipe.slices:
             seen.append((f"{group.key_path}.parameters", group.parameters))
+            seen.append((f"modules.{group.module}.parameters", group.outer))
             seen.extend((f"{source.key_path}.parameters", source.parameters) for source in group.sources)
         found = list(dict.fromkeys(unmatched_filters(seen, names)))
         for pattern in dict.fromkeys(self.recipe.exclude):
@@ -999,31 +1036,32 @@ class _Planner:
         dtype = max(sizes, key=lambda code: sizes[code]) if sizes else None
         notes: list[str] = []
         text = (donor.folder / "config.json").read_text(encoding="utf-8")
-        layers: list[tuple[Mapping[str, Any], int]] | None = None
-        count: int | None = None
-        if self.recipe.sliced:
-            stack = self._stack()
+        by_module: Mapping[str, Sequence[Slice]] = self.recipe.modules or {"": self.recipe.slices}
+        for module, groups in by_module.items():
+            if groups[0].is_whole:
+                continue
+            stack = self._stack(groups)
             assert stack is not None
-            layers = []
-            for group in self.recipe.slices:
+            layers: list[tuple[Mapping[str, Any], int]] = []
+            for group in groups:
                 source = next((item for item in group.sources if item.model == group.base), group.sources[0])
                 first, last = self._range(source, stack.prefix)
                 config = self.checkpoints[self.places[source.model]].config or {}
                 layers.extend((config, index) for index in range(first, last))
             donor_stack = self.stacks[self.places[self.recipe.donor]].get(stack.prefix)
-            count = donor_stack.count if donor_stack else None
-        edited = output_config(
-            text,
-            dtype=dtype,
-            layer_sources=layers,
-            stack_count=count,
-            tie_word_embeddings=self._tie_word_embeddings(),
-            notes=notes,
-        )
+            text = output_config(
+                text,
+                layer_sources=layers,
+                stack_count=donor_stack.count if donor_stack else None,
+                layers_key=layers_key(module, donor.config) if module else None,
+                section=section(module, donor.config) if module else None,
+                notes=notes,
+            )
+        edited = output_config(text, dtype=dtype, tie_word_embeddings=self._tie_word_embeddings(), notes=notes)
         if self.tokenizer is not None:
             edited = self.tokenizer.edited(edited, "config.json")
             notes.extend(self.tokenizer.notes)
-        self.warnings.extend(notes)
+        self.warnings.extend(dict.fromkeys(notes))
         return edited
 
     def _chat_template(self) -> str | None:
@@ -1045,6 +1083,12 @@ class _Planner:
             return self.tokenizer.vocabulary.tokens
         found = read_vocabulary(donor)
         return found.ids if found is not None else ()
+
+
+def _first_layer(name: str, stacks: Mapping[str, Stack]) -> str:
+    """Return the name that a tensor of an output layer has in the first layer of its stack."""
+    found = next((prefix for prefix in stacks if name.startswith(f"{prefix}.")), None)
+    return name if found is None else f"{found}.0.{name[len(found) + 1 :].partition('.')[2]}"
 
 
 def _ends_with(name: str, ends: Iterable[str]) -> bool:

@@ -7,7 +7,7 @@ file is described in `recipe_schema.py` and turned into the classes below by `re
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,21 @@ class Slice:
         base: Base of the arithmetic; None if there is none, or if the method knows no base.
         parameters: Settings of this group.
         key_path: Where the recipe has it, such as `slices[1]`, or `models`.
+        module: The name of the module that it is a part of; None if the recipe has no modules.
+        outer: Settings of that module.
     """
 
     sources: tuple[Source, ...]
     base: ModelReference | None
     parameters: Mapping[str, object]
     key_path: str
+    module: str | None = None
+    outer: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was written with `models:`, without layer ranges."""
+        return self.key_path.rpartition(".")[2] == "models"
 
     @property
     def models(self) -> tuple[Source, ...]:
@@ -157,7 +166,8 @@ class Recipe:
         name: Its name, by which other documents can refer to its output.
         method: Name of the merge method.
         slices: The groups, in the order of the output's layers.
-        sliced: False if the recipe was written with `models:`; it is then one slice without layer ranges.
+        sliced: False if the recipe was written with `models:`; it is then one slice without layer ranges. Modules
+            count as sliced.
         base: The recipe's base model.
         donor: The model that gives configuration and side files.
         parameters: Settings for everything.
@@ -199,6 +209,15 @@ class Recipe:
     tokenizer: TokenizerSetting | None = None
     chat_template: str | None = None
 
+    @property
+    def modules(self) -> dict[str, tuple[Slice, ...]]:
+        """The groups by module, in the order of the recipe; empty if it has no modules."""
+        found: dict[str, tuple[Slice, ...]] = {}
+        for group in self.slices:
+            if group.module is not None:
+                found[group.module] = (*found.get(group.module, ()), group)
+        return found
+
     def canonical(self) -> str:
         """Return the recipe as JSON in one form: what has no effect is left out, models stand as they were written."""
 
@@ -210,20 +229,28 @@ class Recipe:
                 statistics={kind: path.name for kind, path in item.statistics.items()},
             )
 
-        groups: dict[str, object]
-        if self.sliced:
-            groups = {
+        def listed(groups: Sequence[Slice]) -> dict[str, object]:
+            if groups[0].is_whole:
+                return {"models": [source(item) for item in groups[0].sources if item.key_path != "base_model"]}
+            return {
                 "slices": [
                     _filled(
                         sources=[source(item) for item in group.sources],
                         base_model=group.base.text if group.base else None,
                         parameters=_plain(group.parameters),
                     )
-                    for group in self.slices
+                    for group in groups
                 ]
             }
-        else:
-            groups = {"models": [source(item) for item in self.slices[0].sources if item.key_path != "base_model"]}
+
+        groups = listed(self.slices)
+        if self.modules:
+            groups = {
+                "modules": {
+                    name: {**listed(own), **_filled(parameters=_plain(own[0].outer))}
+                    for name, own in self.modules.items()
+                }
+            }
         content = _filled(
             name=self.name,
             merge_method=self.method,

@@ -10,6 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -155,7 +156,7 @@ class _DocumentReader:
             name=name,
             method=method.name,
             slices=tuple(self.slices),
-            sliced=self.values.get("slices") is not None,
+            sliced=self.values.get("models") is None,
             base=self.base,
             donor=self.base or used[0],
             parameters=self.parameters,
@@ -399,16 +400,21 @@ class _DocumentReader:
             self.report.problem("modules", "is empty")
         for name, entry in raw.items():
             here = join("modules", name)
+            groups: list[Slice] = []
             values = self._level(ModuleEntry, entry, here)
             if "models" in values and "slices" in values:
                 self.report.problem(here, "holds models and slices; a module has only one of them")
             elif "models" in values:
-                self._models(values["models"], f"{here}.models")
+                groups = self._models(values["models"], f"{here}.models")
             elif "slices" in values:
-                self._slices(values["slices"], f"{here}.slices")
+                groups = self._slices(values["slices"], f"{here}.slices")
             elif isinstance(entry, Mapping) and not any(entry.get(key) for key in ("models", "slices")):
                 self.report.problem(here, "has neither models nor slices")
-            self._settings(values.get("parameters"), f"{here}.parameters", "slice")
+            settings = self._settings(values.get("parameters"), f"{here}.parameters", "slice")
+            self.slices += [replace(group, module=str(name), outer=settings) for group in groups]
+        for source in (source for group in self.slices for source in group.sources):
+            if source.statistics or source.task is not None:
+                self.report.problem(source.key_path, "statistics and tasks go with whole models only: write `models:`")
 
     # Everything else at the root.
 
@@ -477,7 +483,7 @@ class _DocumentReader:
             raw = self.values.get(key)
             if raw is None:
                 continue
-            if "slices" in self.values and key != "measure":
+            if ("slices" in self.values or "modules" in self.values) and key != "measure":
                 self.report.problem(key, "goes with whole models only: write `models:` instead of slices")
             entry = self._level(schema, {"method": raw} if key == "renormalize" and isinstance(raw, str) else raw, key)
             self.stages[key] = MappingProxyType(entry)
@@ -585,16 +591,20 @@ class _DocumentReader:
         values = self.values
         if "tokenizer" in values and "tokenizer_source" in values:
             self.report.problem("tokenizer_source", "stands beside tokenizer; give only one of them")
-        if "modules" in values:
+        if "modules" not in values:
+            return
+        for key in ("tokenizer", "tokenizer_source"):
+            if key in values:
+                self.report.problem(key, "not yet together with modules; write models or slices at the root")
+        if self.method is not None and (self.method.statistics or self.method.shared):
             self.report.problem(
-                "modules", "not yet: recipes by module are not supported; write models or slices at the root"
+                "modules", f'"{self.method.name}" is for whole models only: write `models:` at the root'
             )
 
     # What the groups must be.
 
     def _check_groups(self) -> None:
         method = self.method
-        unlisted = "slices" not in self.values
         if method is None:
             return
         if method.base == "required" and self.base is None and not self._was_typed("base_model"):
@@ -605,10 +615,10 @@ class _DocumentReader:
         for group in self.slices:
             base = group.base if method.base != "ignored" else None
             sources = group.sources
-            appended = unlisted and self.base is not None and all(s.model != self.base for s in sources)
+            appended = group.is_whole and self.base is not None and all(s.model != self.base for s in sources)
             if appended and self.base is not None:
                 sources = (*sources, Source(self.base, None, MappingProxyType({}), "base_model"))
-            done = Slice(sources, base, group.parameters, group.key_path)
+            done = replace(group, sources=sources, base=base)
             checked.append(done)
             if all(source.model is not _UNKNOWN for source in sources):
                 self._check_group(method, done, appended)
@@ -690,7 +700,7 @@ class _DocumentReader:
 
     def _check_required(self, method: Method, group: Slice) -> None:
         """Say which parameters have no value in any scope; those with filters are known only for a tensor."""
-        outer = (group.parameters, self.parameters)
+        outer = (group.parameters, group.outer, self.parameters)
         for parameter in method.parameters.values():
             if parameter.default is not REQUIRED or not parameter.has_effect:
                 continue

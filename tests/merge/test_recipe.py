@@ -402,7 +402,6 @@ def test_what_is_not_there_yet_is_checked_all_the_same():
     assert any("stands beside tokenizer" in line for line in lines)
     lines = problems("{merge_method: linear, modules: {default: {models: [{model: A, paramters: {}}]}}}")
     assert any(line.startswith("modules.default.models[0].paramters: ") for line in lines)
-    assert any(line.startswith("modules: not yet: ") for line in lines)
 
 
 # References.
