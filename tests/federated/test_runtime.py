@@ -227,7 +227,8 @@ def test_a_kept_round_is_redone_from_its_files(tmp_path: Path) -> None:
     merge(parse_recipe(json.dumps({"merge_method": "linear", "models": models})), tmp_path / "again.safetensors")
     with Checkpoint.open(tmp_path / "again.safetensors") as checkpoint:
         again = load_torch(checkpoint)
-    assert same(again, outcome.model)
+    for name, value in outcome.model.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_only_what_is_exchanged_travels_and_the_rest_stays_personal(tmp_path: Path) -> None:
