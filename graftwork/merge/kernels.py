@@ -578,6 +578,12 @@ def add_product(values: Any, left: Any, right: Any, start: int, columns: int) ->
 
 # ---------------------------------------------------------------- kernels made from a formula
 
+_OWN_NAMES = frozenset(
+    {"bad", "b", "count", "draws", "first", "formula", "i", "keys", "output", "reduce", "size", "start", "state",
+     "strip", "value", "word", "wrong"}
+)  # fmt: skip
+"""Names that a kernel gives its own values."""
+
 _KERNEL = """
 def kernel({arguments}, start, {parameters}{sink}):
     bad = False
@@ -709,6 +715,9 @@ def kernel(
         the strip or its bits as integers; it returns 1 if an
         input word is not finite, plus 2 if an output word is not.
     """
+    named = {name for name, _, _ in parameters} | {name for name, _ in literals} | {*elementwise, streams}
+    if named & _OWN_NAMES:
+        raise ValueError(f"formula parameters must not be called {sorted(named & _OWN_NAMES)}: kernels use these names")
     helpers = _helpers(formula)
     arguments = [f"x{number}" for number in range(models)] + (["b"] if has_base else [])
     columns = {name: [f"{name}_{number}" for number in range(models)] for name in elementwise}

@@ -127,12 +127,12 @@ def _axis_index(spec: PermutationSpec, permutation: Permutation, axis: Axis) -> 
     pieces, start = [], 0
     for segment in axis:
         shape = spec.segment_shape(segment)
-        pieces.append(start + _segment_index(spec, permutation, segment, shape))
+        pieces.append(start + segment_index(spec, permutation, segment, shape))
         start += math.prod(shape)
     return np.concatenate(pieces)
 
 
-def _segment_index(
+def segment_index(
     spec: PermutationSpec, permutation: Permutation, segment: Segment, shape: tuple[int, ...]
 ) -> NDArray[np.int64]:
     """Return the flat index of one segment from the orders of its factors."""
@@ -272,7 +272,7 @@ def _folded(
         here = {name: vector for name, vector in permutation.items() if name not in left}
         indices = [_axis_index(spec, on_others, other) for other in axes]
         own = any(factor in here for factor in segment)
-        indices[use.axis] = _segment_index(spec, here, segment, shape) if own else None
+        indices[use.axis] = segment_index(spec, here, segment, shape) if own else None
         part = _taken(part, indices)
     part = np.moveaxis(part, use.axis, 0) if isinstance(part, np.ndarray) else part.movedim(use.axis, 0)
     return part.reshape(*shape, -1), segment

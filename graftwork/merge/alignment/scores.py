@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graftwork.merge.alignment.apply import _segment_index
+from graftwork.merge.alignment.apply import segment_index
 from graftwork.merge.alignment.spec import PermutationSpec, Segment
 from graftwork.merge.checkpoint import Checkpoint, numpy_values, quoted
 from graftwork.merge.errors import DataError, RecipeError
@@ -262,7 +262,7 @@ def atom_index(spec: PermutationSpec, orders: Orders, atom: Atom) -> NDArray[np.
     if len(atom.factors) == 1:
         return orders[str(atom.factors[0])]
     named = {factor: orders[factor] for factor in atom.factors if isinstance(factor, str)}
-    return _segment_index(spec, named, atom.factors, spec.segment_shape(atom.factors))
+    return segment_index(spec, named, atom.factors, spec.segment_shape(atom.factors))
 
 
 def reordered(spec: PermutationSpec, orders: Orders, piece: Piece, values: Tensor) -> Tensor:
