@@ -29,13 +29,13 @@ def torch_seed(seed: int) -> Iterator[None]:
     """Let torch draw from `seed` inside, with one thread; afterwards both are as before."""
     import torch
 
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    if threads != 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
         if threads != 1:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            if threads != 1:
-                torch.set_num_threads(threads)
+            torch.set_num_threads(threads)
