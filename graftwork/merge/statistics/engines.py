@@ -41,7 +41,7 @@ from graftwork.merge.task import Task
 
 _CACHED = 1 << 16
 """Entries of a piece of one example's gradient: 256 KiB, which second-level caches hold."""
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 """Entries of a piece where a batch is reduced by one matrix product."""
 _SAMPLED_ENTRIES = 1 << 12
 

@@ -41,6 +41,7 @@ MEMORY_BYTES = 256 << 20
 _LARGEST_BATCH = 64
 _SIGNED_BATCH = 8
 _WATCHED_EVERY_PASS = 2
+_MANY_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,8 +261,14 @@ class _Run:
                 assert gradient is not None
                 # Taken as soon as it is there, so that gradients of all parameters never exist together.
                 parameter.grad = None
-                squared = widened(gradient).reshape(matrix_size(tuple(parameter.shape))).square_()
-                totals[name].add(slice(0, len(squared)), squared)
+                values = widened(gradient).reshape(matrix_size(tuple(parameter.shape)))
+                rows: slice | Tensor = slice(0, len(values))
+                if len(values) >= _MANY_ROWS:
+                    # Of an embedding, few rows are used by one batch.
+                    used = values.any(1).nonzero()[:, 0]
+                    if 4 * len(used) < len(values):
+                        rows, values = used, values[used]
+                totals[name].add(rows, values.square_())
 
             return hook
 

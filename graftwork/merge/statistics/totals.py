@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 SMALL = 1 << 20
 """Tensors of fewer entries are summed in float64."""
 
+_PIECE = 1 << 18
+
 
 class Total:
     """The running sum of one parameter's squared gradients.
@@ -42,16 +44,24 @@ class Total:
             else:
                 self.sum.index_add_(0, where, values.to(self.sum.dtype))
             return
-        values.add_(self.rest[where])
-        before = self.sum[where]
-        after = before + values
-        self.rest[where] = values.sub_(after - before)
-        self.sum[where] = after
+        for first in range(0, len(values), step := max(1, _PIECE // max(1, values.shape[1]))):
+            # In pieces, because what is in between is as large as what is added.
+            part = values[first : first + step]
+            if isinstance(where, slice):
+                rows: slice | Tensor = slice(where.start + first, where.start + first + len(part))
+            else:
+                rows = where[first : first + step]
+            part.add_(self.rest[rows])
+            before = self.sum[rows]
+            after = before + part
+            self.rest[rows] = part.sub_(after.sub(before)).to(self.rest.dtype)
+            self.sum[rows] = after
 
     def mean(self, count: int) -> Tensor:
         """Return the sum divided by `count`, in the parameter's shape; the sum is spent."""
         if self.rest is not None:
-            self.sum.add_(self.rest)
+            for first in range(0, len(self.sum), step := max(1, _PIECE // max(1, self.sum.shape[1]))):
+                self.sum[first : first + step].add_(self.rest[first : first + step])
             self.rest = None
         return self.sum.div_(count).reshape(self.shape)
 

@@ -19,6 +19,7 @@ from graftwork.merge.errors import DataError, GraftworkError, MismatchError, Out
 from graftwork.merge.statistics import fisher as fisher_module
 from graftwork.merge.statistics.factors import cholesky_column, columns
 from graftwork.merge.statistics.fisher import estimate_fisher, load_fisher, measure_fisher
+from graftwork.merge.statistics.totals import Total
 from graftwork.merge.task import Task
 
 
@@ -366,8 +367,8 @@ def test_rows_of_a_sequence_are_summed_and_padding_is_not():
 
 @pytest.mark.parametrize("kind", ["mlp", "convolutions", "tied", "odd"])
 def test_micro_batch_memory_and_threads_change_rounding_only(kind):
-    # Torch's own convolutions in float32 round differently for each size of the batch.
-    for dtype, bar in ((torch.float64, 1e-12), (torch.float32, 1e-5 if kind == "convolutions" else 1e-6)):
+    # Torch's own convolutions in float32 round differently for each size of the batch, and norms amplify it.
+    for dtype, bar in ((torch.float64, 1e-12), (torch.float32, 1e-4 if kind == "convolutions" else 1e-6)):
         results = []
         for micro_batch, memory, threads in ((6, 1 << 28, 1), (1, 1 << 28, 2), (4, 1, 1)):
             module, x = network(kind)
@@ -424,6 +425,33 @@ def test_half_precision_models_are_squared_in_single():
     half = estimate_fisher(task_of(module.bfloat16(), x.bfloat16()), module, estimator="exact").tensors
     assert_close(half, single, 0.2)
     assert all(value.dtype in (torch.float32, torch.float64) for value in half.values())
+
+
+@pytest.mark.parametrize("rows", [slice(3, 1500), torch.arange(0, 2000, 3)])
+def test_large_sums_lose_next_to_nothing(rows):
+    generator = torch.Generator().manual_seed(0)
+    total, exact = Total((2000, 600), torch.float32), torch.zeros(2000, 600, dtype=torch.float64)
+    assert total.rest is not None
+    for _ in range(40):
+        values = torch.rand(len(exact[rows]), 600, generator=generator) * 10 ** (
+            -6 * torch.rand(1, generator=generator)
+        )
+        exact[rows] += values.double()
+        total.add(rows, values.clone())
+    assert torch.allclose(total.mean(1).double(), exact, rtol=1.2e-7, atol=0)  # plain float32: 6e-7
+
+
+def test_an_embedding_of_many_rows_is_summed_where_it_is_used():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(5000, 300), Mean(), nn.Linear(300, 3))
+    tokens = torch.randint(0, 5000, (12, 4))
+    tokens[:, 3] = tokens[:, 0]
+    signed, of_batches = (
+        estimate_fisher(task_of(module, tokens), module, estimator=name, micro_batch=1).tensors
+        for name in ("signed", "signed_batch")
+    )
+    assert_close(of_batches, signed, 1e-5)
+    assert int(signed["0.weight"].any(1).sum()) == len(tokens.unique())
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
