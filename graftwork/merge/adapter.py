@@ -380,7 +380,7 @@ class _Adapted(Checkpoint):
     ) -> None:
         super().__init__(
             base.path, folder=base.folder, entries=entries.values(), ranges=ranges, metadata=base.metadata,
-            config=config, notes=notes, aliases=base.aliases, stored=stored,
+            config=config, notes=notes, aliases=base.aliases, stored=stored, parts=base.parts,
         )  # fmt: skip
         self._parts = (base, weights)
 

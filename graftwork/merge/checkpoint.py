@@ -17,7 +17,7 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -84,6 +84,19 @@ class TensorEntry:
     def elements(self) -> int:
         """The number of values."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model in a sub-folder of another: a component of a pipeline, or a module with weights of its own.
+
+    Args:
+        stem: What its file of weights is called, without the suffix.
+        config: Its `config.json`, or None.
+    """
+
+    stem: str
+    config: Mapping[str, Any] | None
 
 
 def quoted(text: object, limit: int = 200) -> str:
@@ -192,6 +205,20 @@ def read_json_object(path: Path, *, doing: str, unique: bool = False) -> dict[st
             f"{doing}: {quoted(path)} holds {shown(value)}, not a JSON object; repair it or fetch it again"
         )
     return value
+
+
+def module_folders(modules: Path, *, doing: str) -> list[str]:
+    """Return the sub-folders that a sentence-transformers `modules.json` names."""
+    try:
+        if modules.stat().st_size > JSON_LIMIT:
+            raise ValueError("it is too long")
+        value = parse_json(modules.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{doing}: {quoted(modules)}: {error}; repair it or fetch it again") from None
+    if not isinstance(value, list):
+        raise CheckpointError(f"{doing}: {quoted(modules)} holds {shown(value)}, not a list of modules; fetch it again")
+    paths = [module.get("path") for module in value if isinstance(module, dict)]
+    return sorted({path for path in paths if isinstance(path, str) and re.fullmatch(r"[^/\\\0.][^/\\\0]*", path)})
 
 
 def _reason(error: OSError) -> str:
@@ -377,6 +404,8 @@ class Checkpoint:
     """Tensors of a pickle that share the storage of another: name → the other's name."""
     stored: Mapping[str, str]
     """Dtypes in the files of tensors that are given wider than they are stored, because they are computed."""
+    parts: Mapping[str, Part]
+    """Models in sub-folders, by folder; the names of their tensors begin with the folder and a slash."""
 
     def __init__(
         self,
@@ -391,6 +420,7 @@ class Checkpoint:
         notes: Sequence[str] = (),
         aliases: Mapping[str, str] | None = None,
         stored: Mapping[str, str] | None = None,
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
         """Use `Checkpoint.open`."""
         self.path = path
@@ -401,6 +431,7 @@ class Checkpoint:
         self.notes = tuple(notes)
         self.aliases = MappingProxyType(dict(aliases or {}))
         self.stored = MappingProxyType(dict(stored or {}))
+        self.parts = MappingProxyType(dict(parts or {}))
         self._descriptors = dict(descriptors or {})
         self._ranges = dict(ranges or {})
         self._lock = threading.Lock()
@@ -430,7 +461,7 @@ class Checkpoint:
         if size == 0:
             return
         view = buffer if buffer.format == "B" and buffer.ndim == 1 else buffer.cast("B")
-        if self._ranges:
+        if entry.name in self._ranges:
             try:
                 self._ranges[entry.name](offset, view)
             except OSError as error:
@@ -548,6 +579,7 @@ class _Opening:
         self.aliases: dict[str, str] = {}
         self.config: dict[str, Any] | None = None
         self.folder: Path | None = None
+        self.parts: dict[str, Part] = {}
 
     def run(self) -> Checkpoint:
         try:
@@ -568,6 +600,7 @@ class _Opening:
             config=self.config,
             notes=self.notes,
             aliases=self.aliases,
+            parts=self.parts,
         )
 
     def error(self, problem: str) -> CheckpointError:
@@ -676,13 +709,60 @@ class _Opening:
             raise self.error(f"it {_reason(error)}") from None
         present = set(names)
         if "model_index.json" in present:
-            raise self.error(
-                f"it is a diffusers pipeline; name the sub-folders with weights: {self.weight_folders(names)}"
-            )
+            self.open_pipeline(names)
+            return
         if "config.json" in present:
             self.config = read_json_object(folder / "config.json", doing=f"cannot open {self.subject}")
         if "modules.json" in present:
-            self.check_sentence_transformers(names)
+            inner = module_folders(folder / "modules.json", doing=f"cannot open {self.subject}")
+            inner = [name for name in inner if self.has_weights(folder / name)]
+            self.notes.append("sentence-transformers model: its pooling comes from the donor")
+            if inner and not self.has_weights(folder):
+                self.open_parts(inner)
+                return
+            self.open_weights(names)
+            self.open_parts(inner)
+            return
+        self.open_weights(names)
+
+    def open_pipeline(self, names: Sequence[str]) -> None:
+        """Open every component of a diffusers pipeline that has weights."""
+        assert self.folder is not None
+        index = read_json_object(self.folder / "model_index.json", doing=f"cannot open {self.subject}")
+        found = [name for name in names if not name.startswith(".") and self.has_weights(self.folder / name)]
+        found = [name for name in found if name in index] or found
+        if not found:
+            raise self.error("it is a diffusers pipeline, and no component has weights here; fetch them")
+        beside = [name for name in names if name.endswith((".safetensors", *PICKLE_SUFFIXES))]
+        if beside:
+            self.notes.append(f"diffusers pipeline: {listed(beside)} beside its components was not opened")
+        self.open_parts(found)
+
+    def open_parts(self, names: Sequence[str]) -> None:
+        """Open models in sub-folders; the names of their tensors get the folder before them."""
+        assert self.folder is not None
+        for name in names:
+            part = _Opening(self.folder / name, self.allow_pickle, self.what, self.allow_quantised)
+            try:
+                part.find()
+                if not self.allow_quantised:
+                    part.refuse_quantised()
+            finally:
+                self.descriptors |= part.descriptors
+            entries = [replace(entry, name=f"{name}/{entry.name}") for entry in part.entries.values()]
+            self.entries |= {entry.name: entry for entry in entries}
+            self.ranges |= {f"{name}/{key}": value for key, value in part.ranges.items()}
+            self.aliases |= {f"{name}/{key}": f"{name}/{value}" for key, value in part.aliases.items()}
+            self.metadata = {**part.metadata, **self.metadata}
+            self.notes += [f"{name}: {note}" for note in part.notes]
+            diffusers = any(entry.file.name.startswith("diffusion_pytorch_model") for entry in entries)
+            self.parts[name] = Part("diffusion_pytorch_model" if diffusers else "model", part.config)
+
+    def open_weights(self, names: Sequence[str]) -> None:
+        """Open the files of weights that lie in the folder itself."""
+        folder = self.folder
+        assert folder is not None
+        present = set(names)
         tensors = [name for name in names if name.endswith(".safetensors") and not name.startswith((".", "adapter_"))]
         tensors = [name for name in tensors if name != TASK_MASKS_NAME]
         indexes = [name for name in names if name.endswith(".safetensors.index.json") and not name.startswith(".")]
@@ -784,24 +864,6 @@ class _Opening:
         unnamed = sorted(located.keys() - mapping.keys())
         if unnamed:
             self.notes.append(f"the index does not name {listed(unnamed)}; the headers count")
-
-    def check_sentence_transformers(self, names: Sequence[str]) -> None:
-        """Refuse a sentence-transformers folder whose weights lie in several places; note one that has one."""
-        assert self.folder is not None
-        inner = [name for name in names if self.has_weights(self.folder / name)]
-        if inner:
-            outer = [name for name in names if name.endswith(".safetensors")]
-            root = [str(self.folder / name) for name in outer]
-            raise self.error(
-                "it is a sentence-transformers model with weights in several places; merge each by its own name: "
-                f"{listed([*root, *(str(self.folder / name) for name in inner)])}"
-            )
-        self.notes.append("sentence-transformers model: its pooling comes from the donor")
-
-    def weight_folders(self, names: Sequence[str]) -> str:
-        assert self.folder is not None
-        inner = [self.folder / name for name in names if self.has_weights(self.folder / name)]
-        return listed(inner, 12) if inner else "there is none here; fetch them"
 
     @staticmethod
     def has_weights(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from graftwork.merge.checkpoint import JSON_LIMIT, parse_json, quoted, read_json_object, shown
+from graftwork.merge.checkpoint import JSON_LIMIT, module_folders, parse_json, quoted, read_json_object, shown
 from graftwork.merge.dtypes import TORCH_NAMES
 from graftwork.merge.errors import CheckpointError, RecipeError
 from graftwork.merge.layers import find_stacks, is_head_side, model_order
@@ -43,6 +43,9 @@ _NEVER = (
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "adapter_*", "consolidated*",
     "params.json", "README.md", ".*", "config.json",
 )  # fmt: skip
+_PIPELINE_ROOT = ("model_index.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_PIPELINE = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+_NOT_PIPELINE = ("*.index.json", "trainer_state.json", ".*")
 _NEVER_FOLDERS = ("checkpoint-*", "runs", "original", "onnx", "openvino", ".*")
 
 
@@ -58,6 +61,8 @@ def side_files(folder: Path, *, copy_tokenizer: bool = True) -> list[Path]:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"{doing}: {error.strerror or error}; check the path") from None
+    if "model_index.json" in names:
+        return _pipeline_files(folder, names, copy_tokenizer=copy_tokenizer)
     allowed = [*_COPIED, *(_TOKENIZER if copy_tokenizer else ())]
     if _has_custom_code(folder, names, doing):
         allowed.append("*.py")
@@ -65,7 +70,10 @@ def side_files(folder: Path, *, copy_tokenizer: bool = True) -> list[Path]:
     if "modules.json" in names:
         allowed += _SENTENCE_TRANSFORMERS
         tokenizer = _TOKENIZER if copy_tokenizer else ()
-        inner += [(name, ("config.json", *tokenizer)) for name in _module_folders(folder / "modules.json", doing)]
+        inner += [
+            (name, ("config.json", "sentence_*_config.json", *tokenizer))
+            for name in module_folders(folder / "modules.json", doing=doing)
+        ]
     found = [
         Path(name)
         for name in names
@@ -82,6 +90,20 @@ def side_files(folder: Path, *, copy_tokenizer: bool = True) -> list[Path]:
     return sorted(set(found))
 
 
+def _pipeline_files(folder: Path, names: Sequence[str], *, copy_tokenizer: bool) -> list[Path]:
+    """Return the files of a diffusers pipeline that are no weights: its own, and those of its components."""
+    found = [Path(name) for name in names if _matches(name, _PIPELINE_ROOT) and _is_ours(folder, name)]
+    for sub_folder in names:
+        is_tokenizer = sub_folder.startswith("tokenizer") and not copy_tokenizer
+        if not (folder / sub_folder).is_dir() or _matches(sub_folder, _NEVER_FOLDERS) or is_tokenizer:
+            continue
+        for name in sorted(os.listdir(folder / sub_folder)):
+            inside = f"{sub_folder}/{name}"
+            if _matches(name, _PIPELINE) and not _matches(name, _NOT_PIPELINE) and _is_ours(folder, inside):
+                found.append(Path(inside))
+    return sorted(found)
+
+
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -93,20 +115,6 @@ def _has_custom_code(folder: Path, names: Collection[str], doing: str) -> bool:
         for name in ("config.json", "tokenizer_config.json")
         if name in names
     )
-
-
-def _module_folders(modules: Path, doing: str) -> list[str]:
-    """Return the sub-folders that a sentence-transformers `modules.json` names."""
-    try:
-        if modules.stat().st_size > JSON_LIMIT:
-            raise ValueError("it is too long")
-        value = parse_json(modules.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{doing}: {quoted(modules)}: {error}; repair it or fetch it again") from None
-    if not isinstance(value, list):
-        raise CheckpointError(f"{doing}: {quoted(modules)} holds {shown(value)}, not a list of modules; fetch it again")
-    paths = [module.get("path") for module in value if isinstance(module, dict)]
-    return sorted({path for path in paths if isinstance(path, str) and re.fullmatch(r"[^/\\\0.][^/\\\0]*", path)})
 
 
 def _is_ours(folder: Path, name: str) -> bool:
@@ -693,11 +701,11 @@ def index_json(weight_map: Mapping[str, str], total_size: int, total_parameters:
     return _dump({"metadata": metadata, "weight_map": dict(weight_map)})
 
 
-def shard_names(count: int) -> list[str]:
+def shard_names(count: int, stem: str = "model") -> list[str]:
     """Return the file names of an output in `count` files."""
     if count <= 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 _UNITS = MappingProxyType(

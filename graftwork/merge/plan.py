@@ -20,7 +20,7 @@ import numpy as np
 from graftwork.merge import dtypes, lineage, lines
 from graftwork.merge.adapter import open_adapted
 from graftwork.merge.chat_template import chosen_template, files_with
-from graftwork.merge.checkpoint import BLOCK, Checkpoint, TensorEntry
+from graftwork.merge.checkpoint import BLOCK, Checkpoint, Part, TensorEntry, module_folders, parse_json
 from graftwork.merge.companions import Beside, Files, check_parent, companions_of, opened
 from graftwork.merge.engine import HOLD_BYTES, SPAN, WINDOW_BITS, Input, Step
 from graftwork.merge.errors import CheckpointError, GraftworkError, MismatchError, RecipeError, did_you_mean
@@ -123,6 +123,7 @@ class Plan:
         origin: Method and recipe that the output's lineage names, if they are not this plan's own.
         tokenizer: What becomes of tokens, if the recipe says so.
         chat_template: The text of the output's chat template, if the recipe says so.
+        parts: Models in sub-folders of the donor, by folder; the output has them too.
     """
 
     recipe: Recipe
@@ -141,6 +142,7 @@ class Plan:
     origin: tuple[str, str] | None = None
     tokenizer: TokenizerPlan | None = None
     chat_template: str | None = None
+    parts: Mapping[str, Part] = field(default_factory=dict)
     _unread: list[Input] | None = field(default=None, repr=False)
 
     @property
@@ -428,6 +430,7 @@ class _Planner:
             self.checkpoints[:] = self.tokenizer.checkpoints
         self._open_files()
         self._compare_configs()
+        self._compare_parts()
         if recipe.sliced and self.method.task_masks is not None:
             raise RecipeError(f'slices: "{recipe.method}" writes masks of whole models; give them under `models`')
         for item in self._modular() if recipe.modules else self._wanted(recipe.slices):
@@ -459,6 +462,7 @@ class _Planner:
             files=self.files,
             tokenizer=self.tokenizer,
             chat_template=self._chat_template(),
+            parts=self.checkpoints[self.places[recipe.donor]].parts,
             positions=self.positions,
         )
         lines.apply(plan)
@@ -504,8 +508,19 @@ class _Planner:
             names.update(dict.fromkeys(self._tensors(reference)))
         stacks = find_stacks(names)
         holders = [source.model for source in group.sources]
+        parts = [self.checkpoints[self.places[reference]].parts for reference in dict.fromkeys(order)]
+        shared = set(parts[0]).intersection(*parts[1:])
         wanted = []
         for name in names:
+            part = name.partition("/")[0]
+            if part not in shared and any(part in own for own in parts):
+                # A component that some models lack: the donor's, if it has one.
+                held = {ref: self._tensors(ref)[name] for ref in dict.fromkeys(order) if name in self._tensors(ref)}
+                if self.recipe.donor in held:
+                    wanted.append(_Wanted(name, group, {self.recipe.donor: name}, 0.0, copied="not all models have it"))
+                else:
+                    self.dropped += [Dropped(self.places[r], e, "the donor has no such part") for r, e in held.items()]
+                continue
             layer = layer_of(name, stacks)
             place = position(layer[1], layer[0].count) if layer else 0.0
             wanted.append(_Wanted(name, group, dict.fromkeys(holders, name), place))
@@ -974,6 +989,28 @@ class _Planner:
         self.problems.extend(errors)
         self.warnings.extend(warnings)
 
+    def _compare_parts(self) -> None:
+        """Compare the configurations of models in sub-folders, and how sentences are pooled."""
+        allowed = set(self.options.allow_config)
+        if self.options.allow_architectures:
+            allowed |= {"architectures", "model_type", "_class_name"}
+        models = list(zip(self.labels, self.checkpoints, strict=True))
+        for part in self.checkpoints[self.places[self.recipe.donor]].parts:
+            configs = [(label, item.parts[part].config or {}) for label, item in models if part in item.parts]
+            classes = [(label, {"architectures": [c["_class_name"]], **c} if "_class_name" in c else c)
+                       for label, c in configs]  # fmt: skip
+            base = self.labels[self.places[self.recipe.base]] if self.recipe.base in self.places else None
+            errors, warnings = compare_configs(
+                classes, method_uses_base=self.method.base == "required", base=base, allowed=allowed
+            )
+            self.problems.extend(f"{part}: {line}" for line in errors)
+            self.warnings.extend(f"{part}: {line}" for line in warnings)
+        pools = [(label, _pooling(item.folder)) for label, item in models]
+        known = [(label, pool) for label, pool in pools if pool]
+        for label, pool in known[1:]:
+            if pool != known[0][1]:
+                self.warnings.append(f"{label} pools its tokens in another way than {known[0][0]} does")
+
     def _check_kinship(self) -> None:
         """Warn if the weights of two models point in unrelated directions: they do not come from one ancestor."""
         steps = self.merged_matrices()[:16]
@@ -1127,6 +1164,16 @@ def donor_files(plan: Plan) -> dict[str, bytes | Path]:
     files: dict[str, bytes | Path] = {
         str(name): folder / name for name in side_files(folder, copy_tokenizer=plan.options.copy_tokenizer)
     }
+    for part, own in plan.parts.items():
+        if own.config is None or not {"torch_dtype", "dtype"} & own.config.keys():
+            continue
+        sizes: dict[str, int] = {}
+        for tensor in plan.outputs:
+            if tensor.name.startswith(f"{part}/") and tensor.dtype in dtypes.MERGEABLE:
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+        if sizes:
+            text = (folder / part / "config.json").read_text(encoding="utf-8")
+            files[f"{part}/config.json"] = output_config(text, dtype=max(sizes, key=lambda code: sizes[code])).encode()
     if plan.tokenizer is not None:
         for name in TOKENIZER_FILES:
             files.pop(name, None)
@@ -1140,6 +1187,21 @@ def donor_files(plan: Plan) -> dict[str, bytes | Path]:
         data = config.read_bytes() if isinstance(config, Path) else config
         files.update(files_with(plan.chat_template, data))
     return files
+
+
+def _pooling(folder: Path | None) -> dict[str, Any]:
+    """Return the settings of those modules of a sentence-transformers model that have no weights."""
+    if folder is None or not (folder / "modules.json").is_file():
+        return {}
+    found: dict[str, Any] = {}
+    for name in module_folders(folder / "modules.json", doing=f"cannot compare {folder}"):
+        place = folder / name / "config.json"
+        if place.is_file() and not any((folder / name).glob("*.safetensors")):
+            try:
+                found[name] = parse_json(place.read_bytes())
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"cannot read {place}: {error}; repair it or fetch it again") from None
+    return found
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:

@@ -390,6 +390,7 @@ def _carry_out(
             restart=settings.restart,
             stamps=stamps,
             input_digest=lambda model, name: _digest(plan.checkpoints[model], name),
+            parts={name: part.stem for name, part in plan.parts.items()},
         )
     except KeyboardInterrupt:
         raise Interrupted(f"stopped before the work on {out} began: run the same command again to go on") from None
@@ -552,8 +553,9 @@ def _parent(plan: Plan, number: int, inputs: Mapping[tuple[int, str], bytes]) ->
 def _metadata(plan: Plan, digest: str, inputs: Mapping[tuple[int, str], bytes], output: str) -> dict[str, str]:
     parents = [_parent(plan, number, inputs) for number in range(len(plan.checkpoints))]
     recipe = plan.origin[1] if plan.origin else canonical_recipe(plan.recipe, plan.labels_by_text())
+    more = {"parts": " ".join(plan.parts)} if plan.parts else {}
     return lineage.metadata(
-        "model", method=plan.method_name, recipe=recipe, parents=parents, digest=output, plan=digest
+        "model", method=plan.method_name, recipe=recipe, parents=parents, digest=output, plan=digest, **more
     )
 
 

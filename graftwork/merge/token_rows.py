@@ -172,7 +172,7 @@ class _Viewed(Checkpoint):
         super().__init__(
             checkpoint.path, folder=checkpoint.folder, entries=entries.values(), ranges=ranges,
             metadata=checkpoint.metadata, config=checkpoint.config, notes=checkpoint.notes,
-            aliases=checkpoint.aliases, stored=stored,
+            aliases=checkpoint.aliases, stored=stored, parts=checkpoint.parts,
         )  # fmt: skip
         self._inner = checkpoint
 

@@ -71,12 +71,27 @@ def shards_of(tensors: Sequence[OutputTensor], largest: int) -> list[list[Output
     return shards
 
 
-def header_bytes(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors header with its length, padded so that data begins at a multiple of 64 bytes."""
+def _by_part(tensors: Sequence[OutputTensor], parts: Collection[str]) -> dict[str, list[OutputTensor]]:
+    """Return the tensors by the sub-folder in which they go; those of the output itself have none."""
+    found: dict[str, list[OutputTensor]] = {}
+    for tensor in tensors:
+        part = tensor.name.partition("/")[0]
+        found.setdefault(part if part in parts else "", []).append(tensor)
+    return found or {"": []}
+
+
+def header_bytes(tensors: Sequence[OutputTensor], metadata: Mapping[str, str], part: str = "") -> bytes:
+    """Return a safetensors header with its length, padded so that data begins at a multiple of 64 bytes.
+
+    Args:
+        tensors: The tensors of the file.
+        metadata: Its metadata.
+        part: The sub-folder in which it lies; it stands before the tensors' names, and not in the file.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for tensor in tensors:
-        entries[tensor.name] = {
+        entries[tensor.name.removeprefix(f"{part}/") if part else tensor.name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "data_offsets": [position, position + tensor.size],
@@ -101,6 +116,7 @@ class CheckpointWriter:
         stamps: Sizes and times of the input files; an unfinished output of the same plan but other files is resumed
             only as far as the inputs still have the digests that they had.
         input_digest: Returns the digest of a tensor of an input.
+        parts: Stems of the files of models in sub-folders, by folder.
 
     Raises:
         OutputError: The output exists, lies in a place that cannot be written, or there is no room for it.
@@ -118,6 +134,7 @@ class CheckpointWriter:
         restart: bool = False,
         stamps: Sequence[Sequence[int]] = (),
         input_digest: Callable[[int, str], bytes] | None = None,
+        parts: Mapping[str, str] | None = None,
     ) -> None:
         for tensor in tensors:
             if not _is_text(tensor.name):
@@ -126,8 +143,18 @@ class CheckpointWriter:
         self.single_file = out.suffix == ".safetensors"
         self.partial = out.with_name(out.name + ".partial")
         self.force = force
-        self.shards = [list(tensors)] if self.single_file else shards_of(tensors, max_shard_bytes)
-        self.names = [out.name] if self.single_file else shard_names(len(self.shards))
+        if self.single_file and parts:
+            raise OutputError(f"cannot write {out}: the model has parts in folders of their own; name a folder")
+        self.shards: list[list[OutputTensor]] = []
+        self.names: list[str] = []
+        self.parts: list[str] = []
+        """The sub-folder of each shard; empty for one in the output itself."""
+        for part, own in _by_part(tensors, parts or {}).items():
+            shards = [own] if self.single_file else shards_of(own, max_shard_bytes)
+            found = [out.name] if self.single_file else shard_names(len(shards), (parts or {}).get(part, "model"))
+            self.shards += shards
+            self.names += [f"{part}/{name}" if part else name for name in found]
+            self.parts += [part] * len(shards)
         self.tensors = {tensor.name: tensor for tensor in tensors}
         self.places: dict[str, Place] = {}
         for number, shard in enumerate(self.shards):
@@ -135,7 +162,9 @@ class CheckpointWriter:
             for tensor in shard:
                 self.places[tensor.name] = Place(number, position)
                 position += tensor.size
-        self.headers = [len(header_bytes(shard, metadata)) for shard in self.shards]
+        self.headers = [
+            len(header_bytes(shard, metadata, part)) for shard, part in zip(self.shards, self.parts, strict=True)
+        ]
         self.sizes = [
             header + sum(tensor.size for tensor in shard)
             for header, shard in zip(self.headers, self.shards, strict=True)
@@ -176,7 +205,7 @@ class CheckpointWriter:
         self._claimed = True
         lines = [] if restart else self._journal_lines()
         if lines and lines[0].get("plan") != plan:
-            if any(path.suffix == ".safetensors" for path in self.partial.iterdir()):
+            if any(path.suffix == ".safetensors" for path in self.partial.rglob("*")):
                 raise OutputError(
                     f"cannot write {self.out}: {self.partial} holds an unfinished merge of another recipe or other "
                     "inputs; finish that one, or start anew with --restart"
@@ -243,9 +272,14 @@ class CheckpointWriter:
             )
 
     def _clear(self, kept: Collection[str]) -> None:
+        folders = {name.partition("/")[0] for name in kept if "/" in name}
         for path in self.partial.iterdir():
-            if path.name not in kept:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            is_folder = path.is_dir() and not path.is_symlink()
+            for inner in path.iterdir() if is_folder and path.name in folders else ():
+                if f"{path.name}/{inner.name}" not in kept:
+                    shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
+            if path.name not in kept and path.name not in folders:
+                shutil.rmtree(path) if is_folder else path.unlink()
 
     def _claim(self, journal: IO[str], folder: Path) -> None:
         """Keep other processes away as long as the journal is open."""
@@ -282,6 +316,7 @@ class CheckpointWriter:
     def _open_files(self, *, fresh: bool) -> None:
         for name, size in zip(self.names, self.sizes, strict=True):
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+            (self.partial / name).parent.mkdir(exist_ok=True)
             descriptor = os.open(self.partial / name, flags, 0o666)
             if os.fstat(descriptor).st_nlink > 1:  # it is an output already, by another name
                 os.close(descriptor)
@@ -407,7 +442,7 @@ class CheckpointWriter:
         try:
             self._check_place()
             for number, shard in enumerate(self.shards):
-                header = header_bytes(shard, metadata)
+                header = header_bytes(shard, metadata, self.parts[number])
                 if len(header) != self.headers[number]:
                     raise RuntimeError("the header has changed its length")
                 os.pwrite(self._descriptors[number], header, 0)
@@ -424,6 +459,8 @@ class CheckpointWriter:
                 (self.partial / JOURNAL).unlink()
                 self.partial.rmdir()
             else:
+                for part in filter(None, dict.fromkeys(self.parts)):
+                    _sync_folder(self.partial / part)
                 _sync_folder(self.partial)
                 self._swap()
                 (self.out / JOURNAL).unlink()
@@ -451,11 +488,18 @@ class CheckpointWriter:
 
     def _write_files(self, files: Mapping[str, bytes | Path]) -> None:
         everything = dict(files)
-        if len(self.shards) > 1:
-            weight_map = {name: self.names[place.shard] for name, place in self.places.items()}
-            total = sum(tensor.size for tensor in self.tensors.values())
-            elements = sum(_elements(tensor.shape) for tensor in self.tensors.values())
-            everything["model.safetensors.index.json"] = index_json(weight_map, total, elements).encode()
+        for part in dict.fromkeys(self.parts):
+            numbers = [number for number, own in enumerate(self.parts) if own == part]
+            if len(numbers) == 1:
+                continue
+            inside = f"{part}/" if part else ""
+            tensors = [tensor for number in numbers for tensor in self.shards[number]]
+            names = {tensor.name: self.names[self.places[tensor.name].shard] for tensor in tensors}
+            weight_map = {name.removeprefix(inside): file.removeprefix(inside) for name, file in names.items()}
+            total = sum(tensor.size for tensor in tensors)
+            elements = sum(_elements(tensor.shape) for tensor in tensors)
+            stem = re.sub(r"-\d+-of-\d+\.safetensors$", "", self.names[numbers[0]])
+            everything[f"{stem}.safetensors.index.json"] = index_json(weight_map, total, elements).encode()
         for name, content in everything.items():
             path = self.partial / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -445,27 +445,28 @@ def test_an_adapter_alone_is_refused_with_the_form_to_write(tmp_path: Path) -> N
     assert f'write "org/base+{tmp_path}"' in message
 
 
-def test_a_pipeline_is_refused_with_its_parts(tmp_path: Path) -> None:
+def test_a_pipeline_is_its_components(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
+    assert "no component has weights" in refusal(tmp_path)
     write(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", {"x": torch.ones(2)})
     (tmp_path / "scheduler").mkdir()
-    message = refusal(tmp_path)
-    assert str(tmp_path / "unet") in message
-    assert "scheduler" not in message
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert list(checkpoint.tensors) == ["unet/x"]
+        assert checkpoint.parts["unet"].stem == "diffusion_pytorch_model"
     with Checkpoint.open(tmp_path / "unet") as checkpoint:
         assert list(checkpoint.tensors) == ["x"]
 
 
-def test_a_sentence_transformers_model_opens_unless_its_weights_are_scattered(tmp_path: Path) -> None:
-    (tmp_path / "modules.json").write_text("[]")
+def test_a_sentence_transformers_model_opens_with_its_modules(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]')
     write(tmp_path / "model.safetensors", {"x": torch.ones(2)})
     (tmp_path / "1_Pooling").mkdir()
     with Checkpoint.open(tmp_path) as checkpoint:
         assert "sentence-transformers" in checkpoint.notes[0]
     write(tmp_path / "2_Dense" / "model.safetensors", {"y": torch.ones(2)})
-    message = refusal(tmp_path)
-    assert str(tmp_path / "2_Dense") in message
-    assert str(tmp_path / "model.safetensors") in message
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert list(checkpoint.tensors) == ["2_Dense/y", "x"]
+        assert list(checkpoint.parts) == ["2_Dense"]
 
 
 @pytest.mark.parametrize(
