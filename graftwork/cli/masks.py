@@ -83,6 +83,7 @@ def masks(
     """
     with readable_errors(), contextlib.ExitStack() as stack:
         from graftwork.merge.errors import OutputError, RecipeError
+        from graftwork.merge.hub import Hub, localised
         from graftwork.merge.recipe import load_recipe
         from graftwork.merge.subspace import Learning, learn_merge
         from graftwork.merge.task import load_task
@@ -103,6 +104,7 @@ def masks(
             seed=seed, coefficient=coefficient, temperature=temperature, clamp=clamp, hard=hard, schedule=schedule,
             trim=trim, mask_kind=mask_kind, examples=examples, exclude=only.exclude, strict=strict,
         )  # fmt: skip
+        only = localised(only, Hub(allow_pickle=allow_pickle, tell=tell))
         base, experts = _models(only, stack, allow_pickle)
         specs = list(task or []) or [source.task for source in only.slices[0].models if source.task]
         if len(specs) != len(experts):

@@ -91,7 +91,10 @@ def localised(recipe: Recipe, hub: Hub) -> Recipe:
                 continue
             try:
                 pinned = found[repository, revision].commit if weights else revision
-                found[repository, revision] = _snapshot(hub, repository, pinned, weights=weights)
+                snapshot = _snapshot(hub, repository, pinned, weights=weights)
+                if not weights and needs_weights:
+                    _refuse_quantised(repository, snapshot)
+                found[repository, revision] = snapshot
             except CheckpointError as error:
                 problems.extend(f"{key}: {problem}" for problem in error.problems)
         if problems:
@@ -215,6 +218,19 @@ def cached(root: Path, repository: str, revision: str | None = None) -> Snapshot
             )
     snapshot = folder / "snapshots" / commit
     return Snapshot(Path(os.path.realpath(snapshot)), commit) if snapshot.is_dir() else None
+
+
+def _refuse_quantised(repository: str, snapshot: Snapshot) -> None:
+    """Refuse packed weights as early as the configuration tells, before they are fetched."""
+    place = snapshot.path / "config.json"
+    config = read_json_object(place, doing=f"cannot use {quoted(repository)}") if place.is_file() else {}
+    entry = config.get("quantization_config")
+    if entry:
+        method = entry.get("quant_method") if isinstance(entry, dict) else None
+        raise CheckpointError(
+            f"{quoted(repository)} is quantised with {method or 'an unnamed method'} (quantization_config in "
+            "config.json); merging packed values would be meaningless; use the unquantised model"
+        )
 
 
 def _missing(folder: Path, allow_pickle: bool) -> list[str]:

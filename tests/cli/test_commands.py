@@ -158,6 +158,7 @@ def test_an_unknown_command_names_the_nearest(command: Command) -> None:
 def test_help_is_instant_because_it_imports_nothing_heavy() -> None:
     # typer itself may import pydantic and rich.
     heavy = {"torch", "numba", "numpy", "scipy", "flwr", "yaml", "safetensors", "matplotlib", "sklearn"}
+    heavy |= {"huggingface_hub", "transformers", "peft"}
     script = (
         "import sys\n"
         "from graftwork.cli import main\n"

@@ -392,6 +392,25 @@ def test_without_the_server_the_cache_is_used(server: Server, root: Path) -> Non
     assert "check the network" in line
 
 
+def test_quantised_weights_are_refused_before_they_are_fetched(server: Server) -> None:
+    config = {**CONFIG, "quantization_config": {"quant_method": "awq"}}
+    server.content["org/packed"] = {SHA: {**files(1.0), "config.json": json.dumps(config).encode()}}
+    line = problem(merge, recipe("org/one", "org/packed"), "out")
+    assert line.startswith('models[1].model: "org/packed" is quantised with awq (')
+    assert "model.safetensors" not in fetched(server)
+
+
+def test_a_pipeline_of_the_hub_is_merged_whole(server: Server) -> None:
+    content = {
+        "model_index.json": json.dumps({"unet": ["x", "X"]}).encode(), "unet/config.json": b"{}",
+        "unet/diffusion_pytorch_model.safetensors": save(weights(7.0)),
+    }  # fmt: skip
+    server.content["org/pipe"] = {SHA: content}
+    merge(recipe("org/pipe"), "out")
+    assert values() == [7.0, 7.0]
+    assert Path("out/unet/diffusion_pytorch_model.safetensors").is_file()
+
+
 def test_a_repository_without_weights_says_so(server: Server) -> None:
     server.content["org/none"] = {SHA: {"config.json": b"{}"}}
     assert "has no weights that can be read here" in problem(merge, recipe("org/none"), "out")
