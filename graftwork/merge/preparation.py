@@ -296,7 +296,9 @@ class _Preparation:
         for source, kind in _unmeasured(self.recipe):
             assert source.task is not None
             settings = {
-                key: value for key, value in self.recipe.measure.items() if kind == "fisher" or key != "estimator"
+                key: value
+                for key, value in self.recipe.measure.items()
+                if kind == "fisher" or key not in {"estimator", "outputs"}
             }
             label = self.labels[source.model]
             path = self._make(

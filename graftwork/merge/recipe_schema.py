@@ -124,6 +124,9 @@ class MeasureEntry(_Level):
 
     examples: int | None = None
     estimator: str | None = Field(None, description="Of the Fisher information.")
+    outputs: Literal["classes", "regression", "multi_label"] | None = Field(
+        None, description="What the logits are, for the Fisher information."
+    )
     seed: int | None = None
 
 
