@@ -58,7 +58,12 @@ def doctor(
                 print(f"wrong: {problem}")
             for oddity in found.oddities:
                 print(f"odd: {oddity}")
-            head = ["part", "norm", *(["ratio"] if parents else []), *(f"cosine to {label}" for label in parents)]
+            head = [
+                "part",
+                "norm",
+                *(["ratio"] if parents else []),
+                *(f"cosine to {name}" for name in _short(list(parents))),
+            ]
             print_table(part_rows(found), head=head, right=range(1, len(head)))
             print()
             verdict = f"{len(found.problems)} wrong" if found.problems else "nothing wrong"
@@ -73,3 +78,13 @@ def doctor(
                 print(line)
         if not found.is_well:
             raise typer.Exit(USER_ERROR)
+
+
+def _short(paths: list[str]) -> list[str]:
+    """Return the last parts of paths, as many as tell them apart."""
+    parts = [Path(path).parts for path in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return paths

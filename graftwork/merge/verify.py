@@ -126,7 +126,8 @@ def verify(checkpoint: Checkpoint, *, threads: int = 1, progress: Callable[[int]
                 f"{quoted(entry.name)} holds {unusual:,} of {entry.elements:,} values that are not finite, "
                 f"the first at index {first}"
             )
-    problems += _format_problems(checkpoint)
+    # Where there is no config.json, transformers is not what will read it.
+    (problems if checkpoint.config is not None else notes).extend(_format_problems(checkpoint))
     if checkpoint.folder is not None:
         problems += _index_problems(checkpoint, checkpoint.folder)
     if checkpoint.config is not None:

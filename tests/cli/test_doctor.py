@@ -225,6 +225,16 @@ def test_values_that_are_not_finite_are_wrong_and_do_not_stop_the_rest(command: 
     assert record["parts"][1]["ratio"] is not None
 
 
+def test_the_format_in_the_metadata_counts_only_where_transformers_will_read(command: Command, parents: Path) -> None:
+    save_file(weights(1), parents / "one" / "model.safetensors", metadata={"by": "me"})
+    (line,) = lines(command("doctor", "one"), "wrong")
+    assert "which transformers refuses" in line
+    (parents / "one" / "config.json").unlink()
+    outcome = command("doctor", "one")
+    assert outcome.code == 0
+    assert "which transformers refuses" in outcome.err
+
+
 def test_threads_change_nothing(command: Command, parents: Path) -> None:
     merged(command, "one", "two")
     assert command("doctor", "out", *AGAINST, "-j", 1).out == command("doctor", "out", *AGAINST, "-j", 7).out
