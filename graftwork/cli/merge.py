@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -188,6 +189,8 @@ def merge(
         from graftwork.merge.run import Settings
         from graftwork.merge.run import merge as run_merge
 
+        if quiet:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the library's own, if it fetches
         file = _load(recipe)
         options = Options(
             on_mismatch=on_mismatch,

@@ -100,10 +100,11 @@ def plan_record(plan: Plan, threads: int | None) -> Record:
                 "is_donor": number == plan.donor,
                 "tensors": len(checkpoint.tensors),
                 "bytes": sum(entry.size for entry in checkpoint.tensors.values()),
+                **origin,
             }
             # Files of what was measured or learned come after the models, and have no reference.
-            for number, (label, checkpoint, reference) in enumerate(
-                zip(plan.labels, plan.checkpoints, _references(plan), strict=False)
+            for number, (label, checkpoint, reference, origin) in enumerate(
+                zip(plan.labels, plan.checkpoints, _references(plan), plan.origins(), strict=False)
             )
         ],
         "tensors": {"merged": len(merged), "copied": len(copied), "dropped": len(plan.dropped)},
@@ -153,7 +154,11 @@ def plan_lines(record: Record, *, everything: bool = False) -> list[str]:
         *([["name", record["name"]]] if record["name"] else []),
         ["method", f"{record['method']} ({record['title']})"],
         *(
-            ["input", f"{item['model']}: {plural(item['tensors'], 'tensor')}, {size(item['bytes'])}{_roles(item)}"]
+            [
+                "input",
+                f"{item['model']}{_origin(item)}: {plural(item['tensors'], 'tensor')}, {size(item['bytes'])}"
+                f"{_roles(item)}",
+            ]
             for item in record["inputs"]
         ),
         *(
@@ -177,6 +182,11 @@ def plan_lines(record: Record, *, everything: bool = False) -> list[str]:
         ["memory", f"about {size(record['peak_memory'])} of buffers"],
     ]
     return [*aligned(rows), *(f"warning: {warning}" for warning in record["warnings"])]
+
+
+def _origin(item: Record) -> str:
+    """Return the commit of an input that is a repository of the hub."""
+    return f" ({item['repository']} at {item['commit'][:12]})" if "repository" in item else ""
 
 
 def _roles(item: Record) -> str:

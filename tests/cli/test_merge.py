@@ -408,3 +408,14 @@ def test_repositories_of_the_hub_are_looked_for_in_the_cache_that_is_named(comma
         'error: models[0].model: "org/one" is no folder or file here, and it is not in the hub\'s cache at "cache", '
         "and --offline is given"
     ]
+
+
+def test_the_plan_names_the_commit_of_a_repository(command: Command, models: Path) -> None:
+    commit = "c0ffee" + 34 * "1"
+    snapshot = models / "cache" / "models--org--one" / "snapshots" / commit
+    save(snapshot / "model.safetensors", tensors(1))
+    path = recipe(models / "r.yml", models=[{"model": f"org/one@{commit}", "parameters": {"weight": 1}}])
+    arguments = ("merge", path, "--dry-run", "--offline", "--transformers-cache", "cache")
+    assert f"(org/one at {commit[:12]}): 6 tensors" in command(*arguments).out
+    (entry,) = json.loads(command(*arguments, "--json").out)["plans"][0]["inputs"]
+    assert (entry["repository"], entry["commit"]) == ("org/one", commit)
