@@ -180,7 +180,7 @@ class ApplyRows:
 class PerElement:
     """A per-model parameter of a formula that has one value per element, made from whole slices.
 
-    `function(models, base, **parameters)` gets arrays as in `ApplyRows` and returns one of the shape of `models`.
+    `function(models, base, **parameters)` gets arrays as in `ApplyRows` and returns an array for each model.
     """
 
     function: Callable[..., Any]

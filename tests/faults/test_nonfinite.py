@@ -16,6 +16,9 @@ from tests.contract.table import ROWS, values_of, words_of
 FIRST = {row.method: row for row in reversed(ROWS)}  # the first row of every method
 BAD = (math.nan, math.inf, -math.inf)
 
+WITHOUT_FILES = [name for name in names() if not (get(name).statistics or get(name).shared)]
+"""Methods that read files beside the models have tests of their own."""
+
 
 def run(row, inputs, dtype, *, allow=False, out=None, labels=None):
     """Merge tensors called `layer.weight`, the base last, with `allow_nonfinite`."""
@@ -44,7 +47,7 @@ def some(row, size, value=None, holder=0, place=0):
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
-@pytest.mark.parametrize("method", names())
+@pytest.mark.parametrize("method", WITHOUT_FILES)
 def test_a_value_that_is_not_finite_is_named(method, dtype):
     row = FIRST[method]
     for holder in {0, row.models - 1 + int(row.base)}:
@@ -70,8 +73,8 @@ def test_the_flat_index_counts_over_blocks_and_spans(place):
 
 
 SCALED_BY_SUMS = ("dare_linear", "dare_ties")  # unless the recipe says `rescale: density`
-ELEMENTWISE = [name for name in names() if get(name).kind == "elementwise" and name not in SCALED_BY_SUMS]
-STRICT = [name for name in names() if name not in ELEMENTWISE]
+ELEMENTWISE = [name for name in WITHOUT_FILES if get(name).kind == "elementwise" and name not in SCALED_BY_SUMS]
+STRICT = [name for name in WITHOUT_FILES if name not in ELEMENTWISE]
 
 
 @pytest.mark.parametrize("method", ELEMENTWISE)

@@ -128,7 +128,7 @@ class Eager:
                 given[name] = tuple(part(column) for column in words)
             elif isinstance(value, PerElement):
                 below = None if self.base is None else self.base
-                made = value.function(np.stack(self.models), below, **value.parameters)
+                made = np.stack(value.function(np.stack(self.models), below, **value.parameters))
                 made = made.astype(np.int64) if made.dtype.kind in "iu" else made
                 given[name] = tuple(part(column) for column in made)
             else:
