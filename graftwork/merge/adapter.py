@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from graftwork.merge import dtypes
 from graftwork.merge.checkpoint import (
     Checkpoint,
+    CheckpointView,
     ReadRange,
     TensorEntry,
     listed,
@@ -236,24 +238,24 @@ def _lends_head(base: Checkpoint) -> TensorEntry | None:
 
 def _combined(adapter: _Adapter, base: Checkpoint) -> Checkpoint:
     """Return the checkpoint of effective weights."""
-    entries: dict[str, TensorEntry] = dict(base.tensors)
-    ranges: dict[str, ReadRange] = {name: _Plain(base, entry) for name, entry in base.tensors.items()}
+    computed: dict[str, tuple[TensorEntry, ReadRange]] = {}
     lent = _lends_head(base)
-    config = dict(base.config) if base.config is not None else None
-    notes = list(base.notes)
+    config = base.config
+    notes = []
     separate = lent is not None and (_HEAD in adapter.changes or lent.name in adapter.changes)
     if separate and lent is not None:
-        entries[_HEAD] = replace(lent, name=_HEAD)
-        ranges[_HEAD] = _Plain(base, lent)
+        computed[_HEAD] = replace(lent, name=_HEAD), partial(base.read_into, lent)
         config = {**(config or {}), "tie_word_embeddings": False}
         which = "head" if _HEAD in adapter.changes else "embedding"
         notes.append(
             f"the adapter {quoted(adapter.folder.name)} changes only the {which}, which the base ties: head and "
             "embedding are separate tensors from here on"
         )
-    stored = {name: entries[name].dtype for name in adapter.changes}
+    stored: dict[str, str] = {}
     for name, change in sorted(adapter.changes.items()):
-        entry, read = entries[name], ranges[name]
+        own = base.tensors.get(name)
+        entry, read = computed[name] if own is None else (own, partial(base.read_into, own))
+        stored[name] = entry.dtype
         if change.replaced_by:
             saved = adapter.weights.tensors[change.replaced_by]
             if saved.shape[1:] != entry.shape[1:] or (saved.shape[:1] != entry.shape[:1] and len(saved.shape) < 2):
@@ -261,17 +263,17 @@ def _combined(adapter: _Adapter, base: Checkpoint) -> Checkpoint:
                     f"{quoted(change.replaced_by)} has the shape {list(saved.shape)}, {quoted(name)} of the base "
                     f"{list(entry.shape)}"
                 )
-            entry, read = replace(saved, name=name), _Plain(adapter.weights, saved)
+            entry, read = replace(saved, name=name), partial(adapter.weights.read_into, saved)
         if change.left:
             entry, read = _adapted(adapter, change, name, entry, read)
-        entries[name], ranges[name] = entry, read
+        computed[name] = entry, read
     wanted = str(adapter.config.get("base_model_name_or_path") or "").rstrip("/").rpartition("/")[2]
-    own = base.path.name
-    if wanted and own and wanted != own:
+    folder = base.path.name
+    if wanted and folder and wanted != folder:
         notes.append(
-            f"the adapter {quoted(adapter.folder.name)} says that its base is {quoted(wanted)}, not {quoted(own)}"
+            f"the adapter {quoted(adapter.folder.name)} says that its base is {quoted(wanted)}, not {quoted(folder)}"
         )
-    return _Adapted(base, adapter.weights, entries, ranges, config, notes, stored)
+    return CheckpointView(base, computed, stored=stored, config=config, notes=notes, closes=[adapter.weights])
 
 
 def _adapted(
@@ -325,16 +327,6 @@ def _values(adapter: _Adapter, key: str) -> Array:
     return wide
 
 
-class _Plain:
-    """Reads a tensor as it is stored."""
-
-    def __init__(self, checkpoint: Checkpoint, entry: TensorEntry) -> None:
-        self.checkpoint, self.entry = checkpoint, entry
-
-    def __call__(self, offset: int, buffer: memoryview) -> None:
-        self.checkpoint.read_into(self.entry, offset, buffer)
-
-
 class _Sum:
     """Reads base + left · right, row by row; a row is the same whatever the range that is asked for."""
 
@@ -363,29 +355,3 @@ class _Sum:
 def _narrowest(values: Array) -> Array:
     narrow = values.astype(np.float32)
     return np.ascontiguousarray(narrow if np.array_equal(narrow.astype(np.float64), values) else values)
-
-
-class _Adapted(Checkpoint):
-    """Closes the base and the adapter with itself."""
-
-    def __init__(
-        self,
-        base: Checkpoint,
-        weights: Checkpoint,
-        entries: Mapping[str, TensorEntry],
-        ranges: Mapping[str, ReadRange],
-        config: Mapping[str, Any] | None,
-        notes: Sequence[str],
-        stored: Mapping[str, str],
-    ) -> None:
-        super().__init__(
-            base.path, folder=base.folder, entries=entries.values(), ranges=ranges, metadata=base.metadata,
-            config=config, notes=notes, aliases=base.aliases, stored=stored, parts=base.parts,
-        )  # fmt: skip
-        self._parts = (base, weights)
-
-    def close(self) -> None:
-        """Close base and adapter."""
-        super().close()
-        for part in self._parts:
-            part.close()

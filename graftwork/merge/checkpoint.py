@@ -18,6 +18,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -555,6 +556,47 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self.tensors)} tensors)"
+
+
+class CheckpointView(Checkpoint):
+    """A checkpoint of which some tensors are computed while they are read.
+
+    Args:
+        original: The checkpoint; all other tensors, its files and its metadata are taken from it.
+        computed: What such tensors look like and how they are read, by name; names may be new.
+        stored: Dtypes of these in the original's files, where they are read wider.
+        config: The configuration, if it is another one.
+        notes: What a user may want to know besides the original's notes.
+        closes: Further checkpoints that are closed with it; the original always is.
+    """
+
+    def __init__(
+        self,
+        original: Checkpoint,
+        computed: Mapping[str, tuple[TensorEntry, ReadRange]],
+        *,
+        stored: Mapping[str, str],
+        config: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
+        closes: Sequence[Checkpoint] = (),
+    ) -> None:
+        every: dict[str, tuple[TensorEntry, ReadRange]] = {
+            **{name: (entry, partial(original.read_into, entry)) for name, entry in original.tensors.items()},
+            **computed,
+        }
+        super().__init__(
+            original.path, folder=original.folder, entries=[entry for entry, _ in every.values()],
+            ranges={name: read for name, (_, read) in every.items()}, metadata=original.metadata,
+            config=original.config if config is None else config, notes=[*original.notes, *notes],
+            aliases=original.aliases, stored={**stored, **original.stored}, parts=original.parts,
+        )  # fmt: skip
+        self._originals = (original, *closes)
+
+    def close(self) -> None:
+        """Close everything that it reads from."""
+        super().close()
+        for part in self._originals:
+            part.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

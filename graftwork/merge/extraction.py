@@ -323,7 +323,7 @@ class _Work:
 
 def _write(out: Path, work: _Work, base_name: str, *, force: bool) -> None:
     """Write the adapter's folder beside its place and rename it."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial, aside = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("partial", "replaced"))
     settings = {"rank": work.settings.rank, "energy": work.settings.energy, "error": work.settings.error}
     try:
         partial.mkdir(parents=True)
@@ -333,7 +333,7 @@ def _write(out: Path, work: _Work, base_name: str, *, force: bool) -> None:
             parents=[parent_of(work.model), parent_of(work.base)],
         )  # fmt: skip
         if force and out.exists():
-            shutil.rmtree(out)
+            os.rename(out, aside)  # not lost if what follows fails
         os.rename(partial, out)
     except OSError as error:
         raise OutputError(
@@ -341,3 +341,6 @@ def _write(out: Path, work: _Work, base_name: str, *, force: bool) -> None:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if aside.exists() and not out.exists():
+            os.rename(aside, out)
+        shutil.rmtree(aside, ignore_errors=True)

@@ -387,11 +387,13 @@ def _layers_key(
         place += dot
         value = levels.get(place, {}).get(key)
         if type(value) is not int:
-            raise CheckpointError(f"{doing}: {quoted(layers_key)} is {shown(value)}, not a number; check --layers-key")
+            raise CheckpointError(
+                f"{doing}: {quoted(layers_key)} is {shown(value)}, not a number; merge whole models instead"
+            )
         if stack_count is not None and value != stack_count:
             raise CheckpointError(
                 f"{doing}: {quoted(layers_key)} is {shown(value)}, the weights have {stack_count} layers; "
-                "check --layers-key"
+                "merge whole models instead"
             )
         return place, key, value
     if section is not None:
@@ -415,9 +417,9 @@ def _layers_key(
             if key in level
         ]
         seen = f" (there is {', '.join(present)})" if present else ""
-        raise CheckpointError(f"{doing}: no known key{layers}{seen}; name it with --layers-key")
+        raise CheckpointError(f"{doing}: no known key{layers}{seen}; merge whole models with `models:`")
     keys = ", ".join(f"{place}{key}" for place, key, _ in found)
-    raise CheckpointError(f"{doing}: several keys{layers}: {keys}; choose one with --layers-key")
+    raise CheckpointError(f"{doing}: several keys{layers}: {keys}; name the part that is sliced with `modules:`")
 
 
 def _check_rules(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from graftwork.merge import dtypes
-from graftwork.merge.checkpoint import Checkpoint, ReadRange, TensorEntry, numpy_values
+from graftwork.merge.checkpoint import Checkpoint, CheckpointView, TensorEntry, numpy_values
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -158,33 +158,9 @@ class RowView:
 
 def viewed(checkpoint: Checkpoint, views: Mapping[str, RowView]) -> Checkpoint:
     """Return a checkpoint in which some tensors are views; closing it closes the original."""
-    return _Viewed(checkpoint, views)
-
-
-class _Viewed(Checkpoint):
-    def __init__(self, checkpoint: Checkpoint, views: Mapping[str, RowView]) -> None:
-        entries = dict(checkpoint.tensors)
-        ranges: dict[str, ReadRange] = {name: _Plain(checkpoint, entry) for name, entry in entries.items()}
-        stored = dict(checkpoint.stored)
-        for name, view in views.items():
-            stored.setdefault(name, entries[name].dtype)
-            entries[name], ranges[name] = view.entry(entries[name]), view
-        super().__init__(
-            checkpoint.path, folder=checkpoint.folder, entries=entries.values(), ranges=ranges,
-            metadata=checkpoint.metadata, config=checkpoint.config, notes=checkpoint.notes,
-            aliases=checkpoint.aliases, stored=stored, parts=checkpoint.parts,
-        )  # fmt: skip
-        self._inner = checkpoint
-
-    def close(self) -> None:
-        """Close the original."""
-        super().close()
-        self._inner.close()
-
-
-class _Plain:
-    def __init__(self, checkpoint: Checkpoint, entry: TensorEntry) -> None:
-        self.checkpoint, self.entry = checkpoint, entry
-
-    def __call__(self, offset: int, buffer: memoryview) -> None:
-        self.checkpoint.read_into(self.entry, offset, buffer)
+    entries = checkpoint.tensors
+    return CheckpointView(
+        checkpoint,
+        {name: (view.entry(entries[name]), view) for name, view in views.items()},
+        stored={name: entries[name].dtype for name in views},
+    )

@@ -255,7 +255,7 @@ def test_the_layer_count_is_found_in_a_sub_configuration() -> None:
     assert result["text_config"]["num_hidden_layers"] == 7
     assert result["vision_config"] == {"depth": 4}
     equal = {"text_config": LLAMA, "vision_config": {"depth": 6}}
-    with pytest.raises(CheckpointError, match=r"text_config.num_hidden_layers, vision_config.depth; .*--layers-key"):
+    with pytest.raises(CheckpointError, match=r"text_config.num_hidden_layers, vision_config.depth; .*`modules:`"):
         stack_of(*[(equal, 0)] * 7)
     assert stack_of(*[(equal, 0)] * 7, section="vision_config")["vision_config"]["depth"] == 7
     assert (
@@ -264,13 +264,13 @@ def test_the_layer_count_is_found_in_a_sub_configuration() -> None:
 
 
 def test_no_or_two_layer_counts_ask_for_the_key() -> None:
-    with pytest.raises(CheckpointError, match=r"no known key that is 6, .*\(there is n_layer = 5\); name it"):
+    with pytest.raises(CheckpointError, match=r"no known key that is 6, .*\(there is n_layer = 5\); merge whole"):
         stack_of(({"n_layer": 5}, 0))
     with pytest.raises(CheckpointError, match="several keys"):
         stack_of(({"num_layers": 6, "num_decoder_layers": 6}, 0))
     assert stack_of(({"num_layers": 6, "num_decoder_layers": 6}, 0), layers_key="num_layers")["num_layers"] == 1
     for key in ("nothing", "n.o"):
-        with pytest.raises(CheckpointError, match="check --layers-key"):
+        with pytest.raises(CheckpointError, match="merge whole models instead"):
             stack_of((LLAMA, 0), layers_key=key)
 
 
