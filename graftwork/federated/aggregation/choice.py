@@ -1,27 +1,17 @@
-"""Merge methods as aggregation operators.
-
-Replies are merged in the order of the sites' names, so neither the order in which they came nor threads change the
-result. Besides the `mean` there is any method of the engine of `graftwork.merge`, and there are three that stock
-federations use against faulty clients: `median`, `trimmed_mean`, `krum`.
-
-Only what is a weight goes through a method other than the mean: running statistics of batch normalisation (a variance
-must not become negative) and groups besides `model/` are always averaged.
-"""
+"""Which method becomes of replies one model."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from graftwork.federated.aggregation import robust
+from graftwork.federated.aggregation.mean import file_mean, means, read_raw
 from graftwork.federated.errors import FederationError
-from graftwork.federated.messages import float_values, tensor_of
-from graftwork.merge import dtypes
+from graftwork.federated.messages import tensor_of
 from graftwork.merge.checkpoint import Checkpoint, listed, quoted
 from graftwork.merge.errors import RecipeError, did_you_mean
 from graftwork.merge.memory import merge_arrays, program_of
@@ -30,16 +20,9 @@ from graftwork.merge.methods import registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from graftwork.federated.messages import Raw, Values
+    from graftwork.federated.messages import Raw
 
-OWN_METHODS = ("mean", "median", "trimmed_mean", "krum")
-
-_OWN_PARAMETERS: Mapping[str, Mapping[str, float]] = {
-    "mean": {},
-    "median": {},
-    "trimmed_mean": {"cut": 0.2},
-    "krum": {"faulty": 0, "select": 1},
-}
+OWN_METHODS = ("mean", *robust.PARAMETERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +62,16 @@ class Aggregation:
         """Raise what is wrong with method and parameters before anything is trained."""
         doing = f"cannot aggregate by {quoted(self.method)}"
         if self.method in OWN_METHODS:
-            known = _OWN_PARAMETERS[self.method]
+            known = robust.PARAMETERS.get(self.method, {})
             for key, value in self.parameters.items():
                 if key not in known:
                     hint = did_you_mean(key, known) or f"; it has {listed(known) or 'none'}"
                     raise FederationError(f"{doing}: it has no parameter {quoted(key)}{hint}")
                 if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
                     raise FederationError(f"{doing}: {key} is {value!r}, not a number of at least 0")
-            if self._own("cut") >= 0.5:
-                raise FederationError(f"{doing}: cut is {self._own('cut')}; it has to be below 0.5")
+            problem = robust.problem(self.method, self._own())
+            if problem:
+                raise FederationError(f"{doing}: {problem}")
             return
         try:
             method = registry.get(self.method)
@@ -111,8 +95,8 @@ class Aggregation:
         """Return it for JSON."""
         return {"method": self.method, "parameters": dict(self.parameters)}
 
-    def _own(self, key: str) -> float:
-        return float(self.parameters.get(key, _OWN_PARAMETERS.get(self.method, {}).get(key, 0)))
+    def _own(self) -> dict[str, float]:
+        return {**robust.PARAMETERS.get(self.method, {}), **self.parameters}
 
     def _with_weights(self, method: registry.Method, weights: Sequence[float]) -> dict[str, Any]:
         """Return parameters with the clients' weights, scaled so that their mean is 1 (an equal client weighs 1)."""
@@ -150,21 +134,11 @@ class Aggregation:
         plain = [name for name in names if self.method == "mean" or averaged(name)]
         rest = [name for name in names if name not in set(plain)]
         kept, shares = [reply for reply, _ in used], [weight for _, weight in used]
-        merged = _means(kept, plain, shares)
+        merged = means(kept, plain, shares)
         if not rest:
             return merged
-        if self.method == "median":
-            return merged | {name: _by_value([reply[name] for reply in kept], _median) for name in rest}
-        if self.method == "trimmed_mean":
-            cut = self._own("cut")
-            return merged | {
-                name: _by_value([reply[name] for reply in kept], lambda values: _trimmed_mean(values, cut))
-                for name in rest
-            }
-        if self.method == "krum":
-            chosen = krum_order(kept, rest, int(self._own("faulty")))[: max(1, int(self._own("select")))]
-            chosen = sorted(chosen)
-            return merged | _means([kept[index] for index in chosen], rest, [shares[index] for index in chosen])
+        if self.method in OWN_METHODS:
+            return merged | robust.merge(self.method, self._own(), kept, rest, shares)
         method = registry.get(self.method)
         if len(kept) < method.minimum_models:
             raise FederationError(
@@ -199,14 +173,14 @@ class Aggregation:
         if not used:
             raise FederationError("cannot aggregate: no client has any examples")
         if self.method == "mean":
-            return _file_mean([file for file, _ in used], [weight for _, weight in used], names)
+            return file_mean([file for file, _ in used], [weight for _, weight in used], names)
         opened = [Checkpoint.open(file) for file, _ in used]
         try:
             together = self.method == "krum" or _is_joint(self)
             groups = [list(names)] if together else [[name] for name in names]
             merged: dict[str, Tensor] = {}
             for group in groups:
-                replies = [{name: _read(checkpoint, name) for name in group} for checkpoint in opened]
+                replies = [{name: read_raw(checkpoint, name) for name in group} for checkpoint in opened]
                 part = {name: base[name] for name in group if name in base}
                 shares = [weight for _, weight in used]
                 merged |= self.merge(replies, part, shares, averaged=averaged, threads=threads)
@@ -214,17 +188,6 @@ class Aggregation:
         finally:
             for checkpoint in opened:
                 checkpoint.close()
-
-
-def _file_mean(files: Sequence[Path], weights: Sequence[float], names: Sequence[str]) -> dict[str, Tensor]:
-    """Return the mean of files, one of which is open at a time, tensor by tensor."""
-
-    def values(name: str) -> Iterator[Raw]:
-        for file in files:
-            with Checkpoint.open(file) as checkpoint:
-                yield _read(checkpoint, name)
-
-    return {name: _mean(values(name), weights) for name in names}
 
 
 def _is_joint(aggregation: Aggregation) -> bool:
@@ -235,86 +198,3 @@ def _is_joint(aggregation: Aggregation) -> bool:
         "scope", method.parameters["scope"].default if "scope" in method.parameters else "tensor"
     )
     return bool(scope == "model")
-
-
-def _read(checkpoint: Checkpoint, name: str) -> Raw:
-    entry = checkpoint.tensors[name]
-    return entry.dtype, np.frombuffer(checkpoint.read(name), dtypes.RAW[entry.dtype]).reshape(entry.shape)
-
-
-def _means(replies: Sequence[Mapping[str, Raw]], names: Sequence[str], weights: Sequence[float]) -> dict[str, Tensor]:
-    return {name: _mean((reply[name] for reply in replies), weights) for name in names}
-
-
-def _mean(values: Iterable[Raw], weights: Sequence[float]) -> Tensor:
-    """Return Σ wᵢ xᵢ / Σ wᵢ, summed in float64 in the order given and rounded once to the dtype of the values.
-
-    The engine's `linear` gives the same up to the last bit. It compiles a kernel per number of models, which pays for a
-    merge of large models, and would not for rounds in which another number of a thousand clients answers each time.
-    """
-    import torch
-
-    total = math.fsum(weights)
-    sum_: Values | None = None
-    product = np.empty(_CHUNK)
-    code, shape = "F32", (0,)
-    for raw, weight in zip(values, weights, strict=True):
-        flat = raw[1].reshape(-1)
-        if sum_ is None:
-            code, shape, sum_ = raw[0], raw[1].shape, np.zeros(flat.size)
-        for start in range(0, flat.size, _CHUNK):
-            part = float_values((code, flat[start : start + _CHUNK]))
-            place = product[: part.size]
-            np.multiply(part, weight / total, out=place)
-            sum_[start : start + _CHUNK] += place
-    assert sum_ is not None
-    result = torch.from_numpy(sum_.reshape(shape))
-    return result.to(tensor_of((code, np.zeros(1, dtypes.RAW[code]))).dtype)
-
-
-_CHUNK = 1 << 16
-
-
-def _by_value(models: Sequence[Raw], reduce: Callable[[Values], Values]) -> Tensor:
-    """Return what `reduce` makes of each value's column (clients, values), chunk by chunk, in the clients' dtype."""
-    import torch
-
-    code, words = models[0]
-    result = np.empty(words.size, np.float64 if code == "F64" else np.float32)
-    flat = [float_values(model).reshape(-1) for model in models]
-    for start in range(0, words.size, _CHUNK):
-        result[start : start + _CHUNK] = reduce(np.stack([values[start : start + _CHUNK] for values in flat]))
-    tensor = torch.from_numpy(result.reshape(words.shape))
-    return tensor.to(tensor_of((code, words.reshape(-1)[:1])).dtype)
-
-
-def _median(values: Values) -> Values:
-    result: Values = np.median(values, axis=0)
-    return result
-
-
-def _trimmed_mean(values: Values, cut: float) -> Values:
-    """Return the mean without the `⌊cut·n⌋` smallest and as many largest values (Yin et al. 2018)."""
-    count = len(values)
-    lowest = int(cut * count)
-    result: Values = np.sort(values, axis=0)[lowest : count - lowest].mean(axis=0, dtype=np.float64)
-    return result
-
-
-def krum_order(replies: Sequence[Mapping[str, Raw]], names: Sequence[str], faulty: int) -> list[int]:
-    """Return the replies' numbers from the best Krum score to the worst (Blanchard et al. 2017).
-
-    The score is the sum of the squared distances to the n − faulty − 2 nearest others (at least one); ties go to the
-    earlier site. Distances are summed in float64.
-    """
-    count = len(replies)
-    squared = np.zeros((count, count))
-    for name in names:
-        flat = [float_values(reply[name]).reshape(-1) for reply in replies]
-        for i in range(count):
-            for j in range(i):
-                distance = (flat[i] - flat[j]).astype(np.float64)
-                squared[i, j] = squared[j, i] = squared[i, j] + float(distance @ distance)
-    nearest = max(1, count - faulty - 2)
-    scores = [float(np.sort(np.delete(squared[i], i))[:nearest].sum()) for i in range(count)]
-    return sorted(range(count), key=lambda i: (scores[i], i))
