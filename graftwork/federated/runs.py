@@ -62,12 +62,17 @@ class Experiment:
         quorum: Share of the asked that has to give a usable answer.
         on_quorum: `stop` the run if it is missed, or `skip` the round.
         deadline: Seconds that a site has for an answer; None for as long as it takes.
+        ask_again: Whether a site that was lost, by a process or a connection that ended, is asked again in the same
+            round: `needed`, as soon as the quorum cannot be met otherwise; `always`; or `never`.
         aggregate: As `Aggregation.parse` reads it.
         exchange: Patterns of the model's tensors that may travel; none: all.
         init: A checkpoint with the model's start values.
         evaluate_every: Rounds between evaluations; the last round is always evaluated.
         patience: Evaluations without a better accuracy after which the run stops; 0: never.
         outlier: A reply whose change is so many times as large as the median is rejected; 0: none is.
+        clip_norm: The largest norm of what a site may change in the weights; 0: any. See `privacy`.
+        noise_multiplier: Standard deviation of the noise on the sum of all changes, in units of `clip_norm`.
+        delta: δ of the (ε, δ)-differential privacy that is accounted for.
         keep_sites: Keep what each site sent.
         keep_rounds: How many of the newest rounds are kept, besides the best one.
     """
@@ -80,12 +85,16 @@ class Experiment:
     quorum: float = 0.5
     on_quorum: str = "stop"
     deadline: float | None = None
+    ask_again: str = "needed"
     aggregate: str = "mean"
     exchange: tuple[str, ...] = ()
     init: str | None = None
     evaluate_every: int = 1
     patience: int = 0
     outlier: float = 10.0
+    clip_norm: float = 0.0
+    noise_multiplier: float = 0.0
+    delta: float = 1e-5
     keep_sites: bool = False
     keep_rounds: int = 3
 
@@ -102,6 +111,14 @@ class Experiment:
             problems.append(f"on_quorum is {quoted(self.on_quorum)}, not stop or skip")
         if self.deadline is not None and not self.deadline > 0:
             problems.append(f"deadline is {self.deadline} seconds; it has to be above 0")
+        if self.ask_again not in ("needed", "always", "never"):
+            problems.append(f"ask_again is {quoted(self.ask_again)}, not needed, always or never")
+        if not (0 <= self.clip_norm < math.inf and 0 <= self.noise_multiplier < math.inf):
+            problems.append("clip_norm and noise_multiplier have to be finite numbers of at least 0")
+        if self.noise_multiplier > 0 and self.clip_norm == 0:
+            problems.append("noise_multiplier needs clip_norm: noise hides a change only if that has a largest norm")
+        if not 0 < self.delta < 1:
+            problems.append(f"delta is {self.delta}; it has to lie between 0 and 1")
         if self.keep_rounds < 1 or self.evaluate_every < 1 or self.patience < 0 or self.outlier < 0:
             problems.append("keep_rounds and evaluate_every have to be at least 1, patience and outlier at least 0")
         if problems:
@@ -128,7 +145,10 @@ class Experiment:
     @property
     def identity(self) -> str:
         """A digest of what a site's private state depends on: not of the number of rounds, nor of what is kept."""
-        free = ("rounds", "deadline", "evaluate_every", "patience", "keep_sites", "keep_rounds", "on_quorum", "quorum")
+        free = (
+            "rounds", "deadline", "ask_again", "evaluate_every", "patience", "keep_sites", "keep_rounds", "on_quorum",
+            "quorum", "delta",
+        )  # fmt: skip
         record = {key: value for key, value in self.record().items() if key not in free}
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
