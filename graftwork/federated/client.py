@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -14,8 +15,11 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from graftwork.federated import messages
+from graftwork.federated.aggregation import Aggregation
+from graftwork.federated.aggregation.operator import QUESTION, Operator, operator_of
 from graftwork.federated.algorithms import create
 from graftwork.federated.algorithms.base import Algorithm, Client, Update
+from graftwork.federated.compute import CPU
 from graftwork.federated.domains import Federation, build
 from graftwork.federated.errors import FederationError
 from graftwork.federated.examples import Examples
@@ -27,6 +31,7 @@ from graftwork.merge.checkpoint import Checkpoint, load_torch, quoted
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from graftwork.federated.site import Site
     from graftwork.merge.task import Task
 
 VERSIONS = 2
@@ -96,13 +101,20 @@ class Worker:
         experiment: What is run.
         private: The folder below which sites keep their state, each in one of its own.
         federation: The sites' tasks; by default what the experiment describes, built at the first message.
+        site: What the site says of itself, where there is one: its device, and what may leave it.
     """
 
-    def __init__(self, experiment: Experiment, private: Path, federation: Federation | None = None) -> None:
+    def __init__(
+        self, experiment: Experiment, private: Path, federation: Federation | None = None, site: Site | None = None
+    ) -> None:
+        if site is not None:
+            site.refuse_algorithm(experiment.algorithm)
         self.experiment = experiment
         self.private = private
+        self.site = site
         self._federation = federation
         self._algorithm: Algorithm | None = None
+        self._operator: Operator | None = None
         self._start: dict[str, Tensor] | None = None
         self._examples: dict[str, Examples] = {}
 
@@ -119,6 +131,13 @@ class Worker:
         if self._algorithm is None:
             self._algorithm = create(self.experiment.algorithm, self.experiment.settings)
         return self._algorithm
+
+    @property
+    def operator(self) -> Operator:
+        """What the aggregation needs of sites besides their models."""
+        if self._operator is None:
+            self._operator = operator_of(Aggregation.parse(self.experiment.aggregate))
+        return self._operator
 
     def prepare(self) -> None:
         """Load what any message needs, so that a site's deadline does not count it."""
@@ -149,32 +168,40 @@ class Worker:
         store = PrivateState(self.private / site, self.experiment.identity)
         # A question or an evaluation may see what the round itself has left; training never does.
         private, stamp = store.load(request.round if request.kind == "train" else request.round + 1)
+        compute = CPU if self.site is None else self.site.compute
         client = Client(
             site=site,
             task=task,
             algorithm=self.algorithm,
             round=request.round,
             rounds=request.rounds,
-            received={name: messages.tensor_of(raw) for name, raw in request.tensors.items()},
+            received=compute.place({name: messages.tensor_of(raw) for name, raw in request.tensors.items()}),
             config=dict(request.config),
-            private=private,
+            private=compute.place(private),
             private_round=stamp,
             question=request.question,
             base_seed=self.experiment.seed,
             loaded=self._examples.get(site),
+            compute=compute,
         )
-        client.initial = self._initial(task, client)
+        client.initial = compute.place(self._initial(task, client))
         purpose = f"{request.kind} {request.question}".strip()
-        with torch_seed(client.seed(purpose)):
+        with torch_seed(client.seed(purpose)), compute.session(client.seed(purpose)):
             if request.kind == "train":
-                update = self.algorithm.train(client)
+                update = self.operator.after_training(client, self.algorithm.train(client))
             elif request.kind == "evaluate":
                 update = self.algorithm.evaluate(client)
+            elif request.question.startswith(QUESTION):
+                update = self.operator.answer(client)
             else:
                 update = self.algorithm.answer(client)
         if client.loaded is not None and len(self._examples) < 256:
             self._examples[site] = client.loaded
+        if compute.device != "cpu":
+            update = _on_cpu(update)
         _check(update, site)
+        if self.site is not None:
+            self.site.refuse_tensors(update.tensors)
         content = messages.reply_content(site, update.tensors, update.examples, update.metrics)
         if update.private is not None and request.kind != "evaluate":
             store.save(update.private, request.round, site)
@@ -198,6 +225,13 @@ def start_values(task: Task, experiment: Experiment) -> dict[str, Tensor]:
             with Checkpoint.open(experiment.init) as checkpoint:
                 module = fit(task, checkpoint)
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def _on_cpu(update: Update) -> Update:
+    """Return an update whose tensors are where they can be sent and saved from."""
+    tensors = {name: value.cpu() for name, value in update.tensors.items()}
+    private = None if update.private is None else {name: value.cpu() for name, value in update.private.items()}
+    return dataclasses.replace(update, tensors=tensors, private=private)
 
 
 def _check(update: Update, site: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from graftwork.federated.compute import as_parameters, device_of
 from graftwork.federated.errors import FederationError
 from graftwork.federated.examples import Examples
 from graftwork.merge.checkpoint import quoted
@@ -58,7 +59,7 @@ def with_features(task: Task, module: nn.Module, inputs: Any, name: str) -> tupl
         logits = logits_of(task, module, inputs)
     finally:
         handle.remove()
-    return _caught(caught, name), logits
+    return _caught(caught, module, name), logits
 
 
 def features_of(task: Task, module: nn.Module, inputs: Any, name: str) -> Tensor:
@@ -79,18 +80,19 @@ def features_of(task: Task, module: nn.Module, inputs: Any, name: str) -> Tensor
         pass
     finally:
         handle.remove()
-    return _caught(caught, name)
+    return _caught(caught, module, name)
 
 
-def _caught(caught: list[Tensor], name: str) -> Tensor:
+def _caught(caught: list[Tensor], module: nn.Module, name: str) -> Tensor:
     if not caught:
         raise FederationError(f"the model does not use its part {quoted(name)}")
-    return caught[0].flatten(1)
+    # What a layer in mixed precision gives is narrower than the weights of the part that it goes into.
+    return as_parameters(caught[0].flatten(1), part(module, name))
 
 
 def embed(task: Task, module: nn.Module, inputs: Any, name: str, batch_size: int = 1024) -> Tensor:
     """Return the embeddings (n, d) of inputs in evaluation mode, without gradients."""
-    examples = Examples(inputs, None)
+    examples = Examples(inputs, None).on(device_of(module))
     module.eval()
     with torch.no_grad():
         parts = [

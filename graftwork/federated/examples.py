@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,12 @@ class Examples:
     Args:
         inputs: A tensor whose first dimension counts examples, or a mapping of such tensors.
         labels: Likewise; None for examples without labels.
+        device: Where `take` brings what it takes; all examples together stay where they are.
     """
 
     inputs: Any
     labels: Tensor | None
+    device: str = "cpu"
 
     def __len__(self) -> int:
         if self.labels is not None:
@@ -41,7 +44,23 @@ class Examples:
             index = torch.from_numpy(np.ascontiguousarray(index))
         inputs = self.inputs
         chosen = {key: value[index] for key, value in inputs.items()} if isinstance(inputs, Mapping) else inputs[index]
-        return Examples(chosen, None if self.labels is None else self.labels[index])
+        labels = None if self.labels is None else self.labels[index]
+        if self.device != "cpu":
+            chosen = moved(chosen, self.device)
+            labels = None if labels is None else labels.to(self.device)
+        return Examples(chosen, labels)
+
+    def on(self, device: object) -> Examples:
+        """Return the same examples, which `take` brings to a device."""
+        name = str(device)
+        return self if name == self.device else dataclasses.replace(self, device=name)
+
+
+def moved(inputs: Any, device: str) -> Any:
+    """Return a tensor, or a mapping of tensors, on a device."""
+    if isinstance(inputs, Mapping):
+        return {key: value.to(device) for key, value in inputs.items()}
+    return inputs.to(device)
 
 
 def collect(batches: Callable[[], Iterable[tuple[Any, Any]]], where: str) -> Examples:

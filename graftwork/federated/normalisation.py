@@ -61,10 +61,11 @@ def recalibrate(
     """
     import torch
 
+    from graftwork.federated.compute import device_of
     from graftwork.federated.examples import Examples
 
     layers = [layer for layer in _layers(module).values() if layer.track_running_stats]
-    examples = Examples(inputs, None)
+    examples = Examples(inputs, None).on(device_of(module))
     module.eval()
     if not layers or len(examples) < 2:
         return

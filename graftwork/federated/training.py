@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from graftwork.federated.algorithms.base import Client, Server, Settings, Update
+from graftwork.federated.compute import device_of
 from graftwork.federated.examples import Examples, collect, endless_minibatches, minibatches
 from graftwork.federated.normalisation import has_batch_norm, recalibrated
 from graftwork.merge.evaluation import chosen_split, logits_of
@@ -81,6 +82,7 @@ def train_locally(
         module.eval()
         return 0.0, 0
     optimiser = optimiser if optimiser is not None else optimiser_of(module, settings)
+    scaler = client.compute.scaler()
     total, seen, steps = 0.0, 0, 0
     for index in batches_of(client):
         batch = examples.take(index)
@@ -89,12 +91,18 @@ def train_locally(
         if penalty is not None:
             loss = loss + penalty(module)
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        if scaler is not None:
+            scaler.unscale_(optimiser)
         if settings.clip > 0:
             torch.nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
         if correct is not None:
             correct(module)
-        optimiser.step()
+        if scaler is None:
+            optimiser.step()
+        else:
+            scaler.step(optimiser)
+            scaler.update()
     module.eval()
     return total / max(1, seen), steps
 
@@ -107,6 +115,7 @@ def measure(task: Task, module: nn.Module, examples: Examples, *, batch_size: in
     import torch
 
     module.eval()
+    examples = examples.on(device_of(module))
     loss, right, judged, count = 0.0, 0, 0, len(examples)
     with torch.no_grad():
         for start in range(0, count, batch_size):

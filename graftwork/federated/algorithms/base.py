@@ -44,6 +44,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from graftwork.federated.compute import CPU, Compute
 from graftwork.federated.errors import FederationError
 from graftwork.federated.examples import Examples, collect
 from graftwork.federated.seeds import generator_of, seed_of, torch_seed
@@ -289,6 +290,8 @@ class Client:
         base_seed: The run's seed.
         initial: Entries of the model that are never sent (`exchange`), at their start values; by plain name.
         loaded: The site's examples, if they were replaced or have been collected.
+        compute: Device and precision; `received`, `private`, `initial` and `module()` are on the device already, and
+            examples come to it in `take`.
     """
 
     site: str
@@ -304,6 +307,7 @@ class Client:
     base_seed: int = 0
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     loaded: Examples | None = None
+    compute: Compute = CPU
 
     @property
     def settings(self) -> Any:
@@ -328,7 +332,7 @@ class Client:
         """The site's training examples; collected once per process."""
         if self.loaded is None:
             self.loaded = collect(self.task.batches, f"cannot read the data of site {quoted(self.site)}")
-        return self.loaded
+        return self.loaded.on(self.compute.device)
 
     def with_examples(self, examples: Examples) -> Client:
         """Return the same client with other training examples, for algorithms that wrap another one."""
@@ -337,7 +341,7 @@ class Client:
     def module(self) -> nn.Module:
         """Return a fresh model: start values, then received `model/` entries, then private `model/` entries."""
         with torch_seed(seed_of(self.base_seed, "model")):
-            module = self.task.model()
+            module = self.compute.prepare(self.task.model())
         state = {**self.initial, **select(self.received, "model"), **select(self.private, "model")}
         _load(module, state, f"cannot load what site {quoted(self.site)} received into its model")
         return module
