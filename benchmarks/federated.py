@@ -2,6 +2,7 @@
 
     python benchmarks/federated.py --out results/federated
     python benchmarks/federated.py --out results/federated --seeds 0 --grids fedka fraug
+    python benchmarks/federated.py --out results/federated --grids real --data ../shared/data
     python benchmarks/federated.py --out results/federated --show
 
 Every cell (grid, algorithm, setting, seed) is a run of its own with one thread, and a JSON file in OUT/cells; those
@@ -16,6 +17,9 @@ Exits with 1 if a bar is missed or a cell took more than 60 processor seconds.
   with momentum 0.5, batches of 32; last three rounds.
 - **ggeur**: ten sites share 64 features of the digits by a Dirichlet draw per class. 50 rounds of 20 steps, SGD with
   the better of 0.2 and 0.8 for every row, batches of 32; last five rounds. `multi` has four domains.
+- **real** (only where asked for; needs --data): five sets of digits, Office-Caltech10's SURF features and the Amazon
+  reviews' bags of words. Each domain in turn is the unlabelled target, as in fedka; and all domains are sites judged
+  on their own kind, as in fraug, or share a linear classifier of the features, as in ggeur. It has no bars.
 """
 
 from __future__ import annotations
@@ -73,7 +77,8 @@ class Cell:
     @property
     def file(self) -> str:
         rate = f"-{self.rate:g}" if self.rate else ""
-        return f"{self.grid}-{self.setting}-{self.row.replace(' ', '_')}{rate}-{self.seed}.json"
+        setting = self.setting.replace(" ", "_").replace("->", "-to-")
+        return f"{self.grid}-{setting}-{self.row.replace(' ', '_')}{rate}-{self.seed}.json"
 
 
 def fedka_cells(seed: int) -> Iterator[Cell]:
@@ -123,15 +128,54 @@ def ggeur_cells(seed: int) -> Iterator[Cell]:
         yield Cell("ggeur", setting, "lda alone", "ggeur", given, data, rounds=1, tail=1, seed=seed)
 
 
-GRIDS = {"fedka": fedka_cells, "fraug": fraug_cells, "ggeur": ggeur_cells}
+REAL_DOMAINS: Mapping[str, tuple[str, ...]] = {
+    "digits": ("mnist", "usps", "mnist_m", "svhn_gray", "char74k_fnt"),
+    "office": ("amazon", "caltech", "dslr", "webcam"),
+    "amazon": ("books", "dvd", "electronics", "kitchen"),
+}
+REAL_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "digits": {"examples": "600"},
+    "office": {},
+    "amazon": {"examples": "600"},
+}
+"""All domains of digits, and of reviews, have as many training examples; Office-Caltech10 is taken whole."""
+
+
+def real_cells(seed: int) -> Iterator[Cell]:
+    for name, targets in REAL_DOMAINS.items():
+        options = REAL_OPTIONS[name]
+        for target in targets:
+            for algorithm in ("fedavg", "fedka", "fedka-paper"):
+                data = {"name": name, "target": target, "options": options}
+                setting = f"{name}->{target}"
+                yield Cell("real", setting, algorithm, algorithm, DIGIT_SETTINGS, data, rounds=15, tail=5, seed=seed)
+        own = {**OWN_SETTINGS, "learning_rate": 0.02} if name == "digits" else OWN_SETTINGS
+        few = {"digits": "100", "office": "80", "amazon": "200"}[name]
+        for algorithm in ("local", "fedavg", "fedbn", "fraug"):
+            if algorithm == "fedbn" and name != "digits":
+                continue  # the network of features has no batch normalisation
+            data = {"name": name, "options": {**options, "examples": few}}
+            yield Cell("real", f"{name}, own kind", algorithm, algorithm, own, data, rounds=30, tail=3, seed=seed)
+    geometry = {"mode": "multi", "weights": "equal", "target_per_class": 50, "per_prototype": 20}
+    data = {"name": "office", "partition": "domain+dirichlet:alpha=0.3,sites=8", "options": {"network": "linear"}}
+    for rate in (0.02, 0.1):
+        for row, algorithm, settings in (("fedavg", "fedavg", {}), ("ggeur", "ggeur", geometry)):
+            given = {**FEATURE_SETTINGS, **settings, "learning_rate": rate}
+            yield Cell(
+                "real", "office, skewed", row, algorithm, given, data, rounds=30, tail=5, seed=seed, rate=rate
+            )  # fmt: skip
+
+
+GRIDS = {"fedka": fedka_cells, "fraug": fraug_cells, "ggeur": ggeur_cells, "real": real_cells}
+USUAL = ("fedka", "fraug", "ggeur")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
 
 
-def run(cell: Cell) -> list[dict[str, float]]:
-    """Run a cell; return the numbers of its last rounds, in percent."""
+def run(cell: Cell, folder: Path | None) -> list[dict[str, float]]:
+    """Run a cell, with real data from `folder`; return the numbers of its last rounds, in percent."""
     import torch
 
     from graftwork.federated.domains import FederationSpec
@@ -139,7 +183,8 @@ def run(cell: Cell) -> list[dict[str, float]]:
     from graftwork.federated.server import simulate
 
     torch.set_num_threads(1)
-    federation = FederationSpec("digits", cell.seed, **cell.data)
+    real = {"data": str(folder)} if cell.grid == "real" else {}
+    federation = FederationSpec(**{"name": "digits", "seed": cell.seed, **cell.data, **real})
     experiment = Experiment(
         federation, cell.algorithm, cell.settings, rounds=cell.rounds, participation=cell.participation
     )
@@ -225,31 +270,37 @@ BARS = (
 )
 
 
+def show_table(results: Results, title: str, grid: str, settings: Sequence[str]) -> None:
+    """Print rows × settings of a grid; where it was measured also with adapted BatchNorm statistics."""
+    keys = [key for key in results.values if key[0] == grid and key[1] in settings]
+    width = max(16, *(len(setting) + 2 for setting in settings))
+    print(f"\n{title}: accuracy in percent, mean over seeds ± standard deviation")
+    print(f"{'':28s}" + "".join(f"{setting:>{width}s}" for setting in settings) + f"{'mean':>10s}{'seeds':>8s}")
+    for row in dict.fromkeys(key[2] for key in keys):
+        for name in ("accuracy", "adapted"):
+            cells, means = [], []
+            for setting in settings:
+                found = [results.values[key][name] for key in keys if key[1:3] == (setting, row)
+                         and name in results.values[key]]  # fmt: skip
+                spread = statistics.stdev(found) if len(found) > 1 else 0.0
+                cells.append(f"{statistics.fmean(found):9.1f} ± {spread:3.1f} " if found else "–")
+                means += [statistics.fmean(found)] if found else []
+            if means:
+                label = f"{row} + AdaBN" if name == "adapted" else row
+                seeds = len({key[3] for key in keys if key[2] == row})
+                line = "".join(f"{cell:>{width}s}" for cell in cells)
+                print(f"{label:28s}{line}{statistics.fmean(means):10.1f}{seeds:8d}")
+
+
 def show(results: Results) -> bool:
     """Print tables and bars; return whether all bars that could be judged were met."""
     for grid in GRIDS:
-        keys = [key for key in results.values if key[0] == grid]
-        if not keys:
-            continue
-        settings = list(dict.fromkeys(key[1] for key in keys))
-        names = ("accuracy", "adapted") if grid == "fedka" else ("accuracy",)
-        print(f"\n{grid}: accuracy in percent, mean over seeds ± standard deviation")
-        print(f"{'':28s}" + "".join(f"{setting:>16s}" for setting in settings) + f"{'mean':>10s}{'seeds':>8s}")
-        for row in dict.fromkeys(key[2] for key in keys):
-            for name in names:
-                cells, means, seeds = [], [], set()
-                for setting in settings:
-                    found = [v[name] for (g, t, r, s), v in results.values.items() if (g, t, r) == (grid, setting, row)]
-                    seeds |= {s for g, t, r, s in results.values if (g, t, r) == (grid, setting, row)}
-                    spread = statistics.stdev(found) if len(found) > 1 else 0.0
-                    cells.append(f"{statistics.fmean(found):9.1f} ± {spread:3.1f} " if found else f"{'–':>16s}")
-                    means += [statistics.fmean(found)] if found else []
-                label = f"{row} + AdaBN" if name == "adapted" else row
-                print(
-                    f"{label:28s}"
-                    + "".join(f"{c:>16s}" for c in cells)
-                    + f"{statistics.fmean(means):10.1f}{len(seeds):8d}"
-                )
+        tables: dict[str, list[str]] = {}
+        for setting in dict.fromkeys(key[1] for key in results.values if key[0] == grid):
+            transfer = setting.partition("->")[0] + ", one domain without labels" if "->" in setting else setting
+            tables.setdefault(f"real: {transfer}" if grid == "real" else grid, []).append(setting)
+        for title, settings in tables.items():
+            show_table(results, title, grid, settings)
     print("\ngains (points, mean over seeds; each seed)")
     met = True
     for bar in BARS:
@@ -270,12 +321,15 @@ def show(results: Results) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the cells")
-    parser.add_argument("--grids", nargs="+", choices=list(GRIDS), default=list(GRIDS))
+    parser.add_argument("--grids", nargs="+", choices=list(GRIDS), default=list(USUAL))
+    parser.add_argument("--data", type=Path, help="folder of real domains, for the grid real")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", help="only these settings, such as rotate or n50")
     parser.add_argument("--rows", nargs="+", help="only these rows, such as fedavg or fedka")
     parser.add_argument("--show", action="store_true", help="run nothing, show what is there")
     arguments = parser.parse_args()
+    if "real" in arguments.grids and arguments.data is None and not arguments.show:
+        parser.error("the grid real needs --data, a folder of real domains")
     folder = arguments.out / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     results, slow = Results(), []
@@ -293,7 +347,7 @@ def main() -> int:
                     if arguments.show:
                         continue
                     begin = time.process_time()
-                    rounds = run(cell)
+                    rounds = run(cell, arguments.data)
                     kept = {"cell": wanted, "seconds": time.process_time() - begin, "rounds": rounds}
                     partial = path.with_suffix(".partial")
                     partial.write_text(json.dumps(kept, indent=1) + "\n")
