@@ -66,6 +66,9 @@ def simulate(
     backend: Annotated[
         Literal["inprocess", "ray"], typer.Option("--backend", help="ray: Flower's own simulation.")
     ] = "inprocess",
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write event files for TensorBoard into RUN/tensorboard.")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the algorithm, or data.KEY. Repeatable."),
@@ -78,6 +81,8 @@ def simulate(
         raise usage_error("give the name of a simulation, or --resume RUN")
     if resume is not None and out is not None:
         raise usage_error("--resume RUN goes on in RUN; leave out --out")
+    if tensorboard and out is None and resume is None:
+        raise usage_error("--tensorboard writes into the run folder; give --out")
     given: dict[str, str] = {}
     for item in settings or []:
         key, equals, value = item.partition("=")
@@ -140,6 +145,7 @@ def simulate(
                 resume=resume is not None,
                 force=force,
                 observer=show,
+                tensorboard=tensorboard,
             )
         except QuorumError as error:
             for problem in error.problems:

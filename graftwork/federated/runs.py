@@ -5,7 +5,10 @@
       metrics.jsonl      one JSON object per round
       timing.jsonl       seconds per round; the only file that differs between equal runs
       summary.json       the results, once all rounds are done
-      report.html        curves, sites and rounds, for reading
+      failure.json       why the run stopped, if it did for an error
+      running.lock       while a process works on the run, which holds it
+      report.html        curves, sites and rounds, for reading; made anew after each round
+      features.json      where sites' examples lie in the model's feature space, at the start and at the end
       checkpoints/round-0007/
         global.safetensors   the whole global model, by the names of its state dict
         state.safetensors    what else is shared or kept by the server
@@ -21,22 +24,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial as partial_of
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from graftwork.federated.domains import FederationSpec
 from graftwork.federated.errors import FederationError
 from graftwork.merge.checkpoint import quoted
-from graftwork.merge.errors import OutputError, did_you_mean
+from graftwork.merge.errors import GraftworkError, OutputError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +50,12 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
 SUMMARY = "summary.json"
+FAILURE = "failure.json"
+LOCK = "running.lock"
+FEATURES = "features.json"
+
+Status = Literal["running", "finished", "failed", "interrupted"]
+"""`interrupted`: it has not come to its end, nobody works on it, and nothing says why."""
 
 _ROUND = re.compile(r"round-(\d{4,})")
 
@@ -228,6 +239,8 @@ class RunFolder:
             if not (force and is_run):
                 hint = "; go on with --resume, or replace it with --force" if is_run else "; give another --out"
                 raise OutputError(f"cannot write the run {path}: it exists{hint}")
+            if _is_held(path / LOCK):
+                raise OutputError(f"cannot replace the run {path}: a process is working on it; wait, or end it first")
             shutil.rmtree(path)
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -285,6 +298,78 @@ class RunFolder:
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
+
+    @property
+    def status(self) -> Status:
+        """How the run stands."""
+        if _is_held(self.path / LOCK):
+            return "running"
+        if (self.path / SUMMARY).is_file():
+            return "finished"
+        return "failed" if (self.path / FAILURE).is_file() else "interrupted"
+
+    def failure(self) -> list[str]:
+        """Return why the run stopped, a line per problem; empty if no error stopped it."""
+        try:
+            found = json.loads((self.path / FAILURE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        problems = found.get("problems") if isinstance(found, dict) else None
+        return [str(problem) for problem in problems] if isinstance(problems, list) else []
+
+    def features(self) -> dict[str, Any]:
+        """Return what `features.feature_map` gave; empty if there is nothing."""
+        try:
+            found = json.loads((self.path / FEATURES).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @contextlib.contextmanager
+    def working(self, rounds: int) -> Iterator[None]:
+        """Hold the run while it goes on, so that others see it is running; note an error that ends it.
+
+        Args:
+            rounds: How many rounds there will be.
+
+        Raises:
+            FederationError: Another process holds it.
+        """
+        path = self.path / LOCK
+        try:
+            with path.open("a+", encoding="utf-8") as file:
+                if not _take(file):
+                    raise FederationError(
+                        f"cannot go on with the run {self.path}: a process is working on it; wait, or end it first"
+                    )
+                file.truncate(0)
+                file.write(json_line({"rounds": rounds, "process": os.getpid()}) + "\n")
+                file.flush()
+                (self.path / FAILURE).unlink(missing_ok=True)
+                try:
+                    yield
+                except Exception as error:
+                    problems = error.problems if isinstance(error, GraftworkError) else ()
+                    lines = [*problems] or [f"{type(error).__name__}: {error}"]
+                    write_text(self.path / FAILURE, json.dumps({"problems": lines}, ensure_ascii=False) + "\n")
+                    raise
+                finally:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            if error.filename != str(path):
+                raise
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+
+    def planned(self) -> int:
+        """Return how many rounds there will be, or have been if the run is over."""
+        summary = self.summary()
+        if summary is not None and not summary.get("stopped_early"):
+            return int(summary.get("rounds", 0))
+        try:
+            held = json.loads((self.path / LOCK).read_text(encoding="utf-8"))
+            return int(held["rounds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return self.experiment().rounds
 
     def round_folder(self, number: int) -> Path:
         """Return where a round is kept."""
@@ -391,12 +476,64 @@ class RunFolder:
         write_text(self.path / METRICS, "".join(json_line(line) + "\n" for line in lines))
         times = [line for line in self.timing() if line.get("round", 0) <= saved.number]
         write_text(self.path / TIMING, "".join(json_line(line) + "\n" for line in times))
-        (self.path / SUMMARY).unlink(missing_ok=True)
+        for name in (SUMMARY, FEATURES):
+            (self.path / name).unlink(missing_ok=True)
         return saved
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`."""
         write_text(self.path / SUMMARY, json.dumps(plain(summary), indent=2, ensure_ascii=False) + "\n")
+
+
+def find_runs(places: Iterable[Path]) -> list[Path]:
+    """Return the runs in and below folders, in order; what lies inside a run is not looked at.
+
+    Raises:
+        FederationError: A folder is not there.
+    """
+    found: dict[Path, None] = {}
+    for place in places:
+        if not place.is_dir():
+            near = [str(other) for other in place.parent.glob("*") if other.is_dir()]
+            raise FederationError(f"there is no folder {quoted(place)}{did_you_mean(str(place), near)}")
+        for folder, inside, files in os.walk(place):
+            inside.sort()
+            if CONFIG in files and _is_run(Path(folder)):
+                found[Path(folder)] = None
+                inside.clear()
+            inside[:] = [name for name in inside if not name.startswith(".")]
+    return list(found)
+
+
+def _is_run(folder: Path) -> bool:
+    """Tell a run from a model folder, which has a config.json too."""
+    try:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("experiment"), dict)
+
+
+def _take(file: IO[str]) -> bool:
+    """Lock a file; whoever looks whether a run is going on holds it for a moment, which is waited for."""
+    for _ in range(20):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def _is_held(lock: Path) -> bool:
+    """Return whether a living process holds a lock: the file alone may be left of one that was killed."""
+    try:
+        with lock.open("r", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _names(folder: Path) -> list[str]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwork.federated.algorithms import create
+from graftwork.federated.algorithms.base import select
+from graftwork.federated.client import PrivateState
 from graftwork.federated.domains import Federation, build
 from graftwork.federated.errors import FederationError
-from graftwork.federated.runs import Experiment, RunFolder
+from graftwork.federated.features import feature_map
+from graftwork.federated.report import followed
+from graftwork.federated.runs import FEATURES, Experiment, RunFolder, json_line, write_text
 from graftwork.federated.strategy import Observer, Outcome, Strategy, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def simulate(
@@ -23,6 +31,7 @@ def simulate(
     force: bool = False,
     observer: Observer = silent,
     federation: Federation | None = None,
+    tensorboard: bool = False,
 ) -> Outcome:
     """Run a federation on this machine and return how it ended.
 
@@ -35,6 +44,7 @@ def simulate(
         force: Replace a run in `out`.
         observer: Told of each round.
         federation: Sites that exist in this process only; then `workers` is 0.
+        tensorboard: Write event files into the run folder too.
 
     Raises:
         QuorumError: Too few sites gave a usable answer.
@@ -52,8 +62,13 @@ def simulate(
         raise FederationError("cannot go on with a run without its folder")
     if federation is not None and (workers or backend != "inprocess"):
         raise FederationError("cannot use workers or Ray for sites that exist in this process only")
-    with tempfile.TemporaryDirectory(prefix="graftwork-private-") as temporary:
-        private = folder.private if folder is not None else Path(temporary)
+    if tensorboard and folder is None:
+        raise FederationError("cannot write event files for TensorBoard without a run folder; give --out")
+    with contextlib.ExitStack() as stack:
+        private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graftwork-private-")))
+        if folder is not None:
+            private = folder.private
+            observer = stack.enter_context(followed(folder, experiment.rounds, observer, tensorboard=tensorboard))
         strategy = Strategy(experiment, algorithm, found, folder, observer)
         if backend == "ray":
             from graftwork.federated.ray import run_on_ray
@@ -69,11 +84,23 @@ def simulate(
             )
             with grid:
                 outcome = strategy.run(grid, resume=resume)
-    if folder is not None:
-        from graftwork.federated.report import write_report
-
-        write_report(folder)
+        if folder is not None:
+            _map_features(strategy, folder, outcome)
     return outcome
+
+
+def _map_features(strategy: Strategy, folder: RunFolder, outcome: Outcome) -> None:
+    """Write where sites' examples lie in feature space, for the report."""
+
+    def end(site: str) -> dict[str, Tensor]:
+        store = PrivateState(folder.private / site, strategy.experiment.identity)
+        private, _ = store.load(outcome.summary["rounds"] + 1)
+        return {**outcome.model, **select(private, "model")}
+
+    target = strategy.experiment.federation.target
+    found = feature_map(strategy.federation, strategy.server.initial, end, target=target)
+    if found is not None:
+        write_text(folder.path / FEATURES, json_line(found) + "\n")
 
 
 def config_of(experiment: Experiment, federation: Federation, settings: dict[str, Any]) -> dict[str, Any]:
