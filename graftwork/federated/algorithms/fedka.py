@@ -308,6 +308,7 @@ class _Alignment:
     """One local update with a discriminator or MK-MMD."""
 
     def __init__(self, algorithm: FedKA, client: Client, module: nn.Module) -> None:
+        client.compute.need_wide_range("fedka with disentangler or discrepancy")
         self.client, self.module, self.settings = client, module, algorithm.settings
         self.name = algorithm._feature(module, client.task.head)
         self.disentangler: Disentangler | None = None
@@ -316,7 +317,7 @@ class _Alignment:
         trained: nn.Module = module
         if self.settings.disentangler > 0:
             width, _ = linear_sizes(module, self.name)
-            self.disentangler = Disentangler(width, self.settings.disentangler_width)
+            self.disentangler = Disentangler(width, self.settings.disentangler_width).to(client.compute.device)
             self.disentangler.load_state_dict(select(client.received, DISENTANGLER))
             trained = torch.nn.ModuleList([module, self.disentangler])
         self.trained = trained

@@ -192,7 +192,7 @@ def update_prototypes(
 
 def balanced_labels(classes: Tensor, count: int, first: int) -> Tensor:
     """Return `count` labels that go through the classes in turn, from place `first`."""
-    return classes[(torch.arange(count) + first) % len(classes)]
+    return classes[(torch.arange(count, device=classes.device) + first) % len(classes)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +264,9 @@ class _Site:
     """One local update: in each step first the classifier learns, then the generator, then the residual network."""
 
     def __init__(self, algorithm: FRAug, client: Client) -> None:
+        client.compute.need_wide_range("fraug")
         self.client, self.settings = client, cast(FRAugSettings, algorithm.settings)
+        self.device = client.compute.device
         self.head = _head(client.task.head)
         self.of_head = head_logits(self.head)
         self.module = client.module()
@@ -274,13 +276,16 @@ class _Site:
         with torch_seed(own):
             self.generator = algorithm._generator(self.size, self.classes)
             self.residual = Residual(self.size, self.classes, max(1, self.size // 2), self.settings.residual_start)
+        self.generator.to(self.device)
+        self.residual.to(self.device)
         kept = select(client.private, GENERATOR)
         self.local_generator = algorithm._local_generator_names(self.generator)
         self.generator.load_state_dict({**kept, **select(client.received, GENERATOR)}, strict=False)
         if select(client.private, RESIDUAL):
             self.residual.load_state_dict(select(client.private, RESIDUAL))
-        self.prototypes = client.private.get(PROTOTYPES, torch.zeros(self.classes, self.size)).clone()
-        self.seen = client.private.get(SEEN, torch.zeros(self.classes, dtype=torch.uint8)).bool()
+        nothing = torch.zeros(self.classes, self.size, device=self.device)
+        self.prototypes = client.private.get(PROTOTYPES, nothing).clone()
+        self.seen = client.private.get(SEEN, torch.zeros(self.classes, dtype=torch.uint8)).bool().to(self.device)
         self.optimisers = (
             optimiser_of(self.module, self.settings),
             self._optimiser(self.generator, self.settings.generator_rate),
@@ -340,7 +345,7 @@ class _Site:
         if client.private_round > 0 and examples.labels is not None:
             everything = embed(client.task, self.module, examples.inputs, self.head)
             self.prototypes, self.seen = update_prototypes(
-                self.prototypes, torch.zeros_like(self.seen), everything, examples.labels, 1.0
+                self.prototypes, torch.zeros_like(self.seen), everything, examples.labels.to(self.device), 1.0
             )
 
     def _step(self, batch: Any) -> None:
@@ -450,16 +455,16 @@ class _Site:
 
     def _labels(self, count: int) -> Tensor | None:
         """Return balanced labels of the classes that may be sampled; None if there are none yet."""
-        classes = torch.arange(self.classes) if self.settings.unseen == "zero" else torch.nonzero(self.seen).squeeze(1)
+        every = torch.arange(self.classes, device=self.device)
+        classes = every if self.settings.unseen == "zero" else every[self.seen]
         if len(classes) == 0:
             return None
         first = int(torch.randint(len(classes), (1,), generator=self.random))
         return balanced_labels(classes, count, first)
 
     def _latent(self, count: int) -> Tensor:
-        if self.settings.latent_distribution == "uniform":
-            return torch.rand(count, self.generator.latent, generator=self.random)
-        return torch.randn(count, self.generator.latent, generator=self.random)
+        draw = torch.rand if self.settings.latent_distribution == "uniform" else torch.randn
+        return draw(count, self.generator.latent, generator=self.random).to(self.device)
 
     def _apply(self, module: nn.Module, optimiser: Any, loss: Tensor) -> None:
         # Only this network's gradients are computed: those of the others would be waste, or leak into their next step.

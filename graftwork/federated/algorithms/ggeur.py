@@ -455,8 +455,10 @@ def _geometry_at(client: Client) -> dict[str, Tensor]:
     """Return the geometry that was received, or else the one that the site has kept; empty if there is none."""
     received = select(client.received, GEOMETRY)
     if received:
-        return {**received, "version": torch.tensor(float(client.config[VERSION]))}
-    return select(client.private, GEOMETRY)
+        stored = {**received, "version": torch.tensor(float(client.config[VERSION]))}
+    else:
+        stored = select(client.private, GEOMETRY)
+    return {name: value.cpu() for name, value in stored.items()}
 
 
 def _have_length_one(embeddings: Tensor) -> bool:
@@ -522,7 +524,8 @@ def _embedded(task: Task, module: nn.Module, split: str, examples: Examples) -> 
         return known[2]
     if len(examples) == 0:
         return Examples(torch.zeros(0, linear_sizes(module, head)[0]), torch.zeros(0, dtype=torch.int64))
-    found = Examples(embed(task, module, examples.inputs, head), examples.labels)
+    # Statistics and samples are small work: only the passes through the model are for another device.
+    found = Examples(embed(task, module, examples.inputs, head).cpu(), examples.labels)
     if len(_EMBEDDINGS) >= REMEMBERED:
         _EMBEDDINGS.pop(next(iter(_EMBEDDINGS)))
     _EMBEDDINGS[key] = (task, digest, found)
@@ -534,7 +537,7 @@ def _encoder_digest(module: nn.Module, head: str) -> str:
     for name, value in module.state_dict().items():
         if not name.startswith(f"{head}."):
             digest.update(name.encode())
-            digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
