@@ -28,6 +28,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from graftwork.federated.asking import PROCESS_ENDED
 from graftwork.federated.client import Worker, client_app, node_config
 from graftwork.federated.runs import Experiment
 
@@ -147,7 +148,7 @@ class ProcessGrid(InProcessGrid):
         super().__init__(_unused, sites)
         self._order = json.dumps({"experiment": experiment.record(), "private": str(private.absolute())})
         self._jobs: deque[Message] = deque()
-        self._done: queue.Queue[tuple[_Process, Message, Message | None, str]] = queue.Queue()
+        self._done: queue.Queue[tuple[_Process, Message, Message | None, int, str]] = queue.Queue()
         self._ready: dict[str, Message] = {}
         self._processes = [_Process(self._order, self._done) for _ in range(max(1, min(workers, len(sites))))]
 
@@ -193,14 +194,14 @@ class ProcessGrid(InProcessGrid):
     def _collect(self, patience: float) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                process, message, reply, reason = (
+                process, message, reply, code, reason = (
                     self._done.get(timeout=patience) if patience else self._done.get_nowait()
                 )
                 patience = 0
                 if process.job is not message:
                     continue  # given up already
                 process.job = None
-                self._ready[message.metadata.message_id] = reply or failure(message, FAILED, reason)
+                self._ready[message.metadata.message_id] = reply or failure(message, code, reason)
         for place, process in enumerate(self._processes):
             late = self.deadline is not None and process.job is not None
             if late and self.deadline is not None and process.seconds > self.deadline and process.job is not None:
@@ -294,7 +295,7 @@ class _Process:
                 del content, item
                 kind, payload = pickle.loads(receive(from_worker))
                 reply = payload if kind == "reply" else None
-                self._done.put((self, message, reply, "" if kind == "reply" else payload))
+                self._done.put((self, message, reply, FAILED, "" if kind == "reply" else payload))
                 message = None
         except (OSError, EOFError, ValueError, pickle.UnpicklingError):
             self.is_dead = True
@@ -304,7 +305,7 @@ class _Process:
                     message = item[0] if item is not None else None
             code = self._process.wait()
             if message is not None:
-                self._done.put((self, message, None, f"its process ended with exit code {code}"))
+                self._done.put((self, message, None, PROCESS_ENDED, f"its process ended with exit code {code}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,11 @@ A message's content has
 * `graftwork`, a ConfigRecord: what the runtime adds. In requests `round`, `rounds`, `question`; in replies `site`.
 
 Message types are `train`, `evaluate`, and `query` for the roll call and for an algorithm's questions.
+
+**Nothing that came over the network is believed.** How many tensors, names and numbers there are, and how many bytes,
+is compared with what was asked for before anything is decoded; a tensor's dtype and shape are compared with the bytes
+that are there before it is looked at, and its words are not copied. A reply that is not what it should be raises
+`ValueError` and nothing else, so that its site has failed and the run goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -44,6 +50,23 @@ EXAMPLES: Final = "num-examples"
 ROLL_CALL: Final = "roll-call"
 """The question that every node answers with its site's name."""
 
+MOST_TENSORS: Final = 100_000
+LONGEST_NAME: Final = 1_000
+"""Characters of a tensor's or a number's name, and of a site's."""
+MOST_NUMBERS: Final = 1_000
+"""Metrics, or small values, of one message."""
+MOST_EXAMPLES: Final = 1e12
+"""A client that says more stand behind its answer is not believed."""
+LARGEST_OPEN: Final = 1 << 30
+"""Bytes of an answer whose size was not known beforehand."""
+LONGEST_REASON: Final = 300
+"""Characters of what a client says went wrong."""
+_UNREADABLE = (ValueError, TypeError, KeyError, EOFError, SyntaxError, OverflowError, RecursionError, MemoryError)
+"""What a header that nobody's numpy has written can raise."""
+_MOST_DIMENSIONS = 16
+_HEADER = 4_096
+"""Bytes in front of a tensor's values, at most."""
+
 _CODES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "float16": "F16", "float32": "F32", "float64": "F64",
@@ -53,6 +76,9 @@ _CODES = {
 _NAMES = {code: name for name, code in _CODES.items()}
 _CARRIERS = {"BF16": "uint16", "F8_E4M3": "uint8", "F8_E5M2": "uint8"}
 """Numpy dtypes that carry what numpy lacks."""
+_NUMPY_NAMES = frozenset(_CODES) - {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
+_WIDTHS = {name: np.dtype(_CARRIERS.get(code, name)).itemsize for name, code in _CODES.items()}
+"""Bytes of a value, by torch's names."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,31 +165,44 @@ def _raw_from(array: Array, code: str | None) -> Raw:
         ValueError: It is not what it says.
     """
     if array.stype != "numpy.ndarray":
-        raise ValueError(f"is serialised as {array.stype!r}, not as numpy.ndarray")
-    data = array.data
-    try:
-        expected = _header(array.dtype, tuple(array.shape))
-    except (TypeError, ValueError):
-        raise ValueError(f"has the unknown dtype {array.dtype!r}") from None
-    if data.startswith(expected):
-        dtype, shape, start = np.dtype(array.dtype), tuple(array.shape), len(expected)
-    else:
-        stream = io.BytesIO(data)
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(stream)
-        start = stream.tell()
-        if is_fortran and len(shape) > 1:
-            values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-            return _coded(np.ascontiguousarray(values), code)
-    if dtype.hasobject:
-        raise ValueError("holds Python objects")
-    if dtype.byteorder == ">":
-        raise ValueError("is big-endian")
-    count = int(np.prod(shape, dtype=np.int64))
+        raise ValueError(f"is serialised as {readable(array.stype)}, not as numpy.ndarray")
+    if array.dtype not in _NUMPY_NAMES:
+        raise ValueError(f"has the unknown dtype {readable(array.dtype)}")
+    shape, data, dtype = tuple(array.shape), array.data, np.dtype(array.dtype)
+    if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"has the shape {readable(shape)}")
+    count = math.prod(shape)
+    header = _header(array.dtype, shape)
+    start, is_fortran = len(header), False
+    if not data.startswith(header):
+        start, is_fortran = _other_header(data, dtype, shape)
     if len(data) - start != count * dtype.itemsize:
         raise ValueError(f"has {len(data) - start} bytes for {count} values of {dtype}")
-    return _coded(np.frombuffer(data, dtype, count=count, offset=start).reshape(shape), code)
+    values = np.frombuffer(data, dtype, count=count, offset=start)
+    if is_fortran:
+        return _coded(np.ascontiguousarray(values.reshape(shape[::-1]).T), code)
+    return _coded(values.reshape(shape), code)
+
+
+def _other_header(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[int, bool]:
+    """Return where the values begin, and whether columns come first, after a header that numpy could have written."""
+    stream = io.BytesIO(data[:_HEADER])
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    held_shape, is_fortran, held = read(stream, max_header_size=_HEADER)
+    if held.byteorder == ">":
+        raise ValueError("is big-endian")
+    if held != dtype or tuple(held_shape) != shape:
+        raise ValueError(f"says that it is {dtype} {shape}, and holds {held} {readable(held_shape)}")
+    return stream.tell(), bool(is_fortran)
+
+
+def readable(value: object) -> str:
+    """Return what somebody else wrote, for a message: one line, printable, not long."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(each if each.isprintable() else " " for each in text[: 4 * LONGEST_REASON])
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 1] + "…"
 
 
 def _coded(values: Values, code: str | None) -> Raw:
@@ -204,15 +243,67 @@ def decode_arrays(record: ArrayRecord, odd: Mapping[str, str]) -> dict[str, Raw]
     """Return raw words by name.
 
     Raises:
-        ValueError: An array is not what it says; the message starts with its name.
+        ValueError: An array is not what it says; the message names it.
     """
     found: dict[str, Raw] = {}
     for name, array in record.items():
         try:
             found[name] = _raw_from(array, odd.get(name))
-        except (ValueError, TypeError, KeyError, EOFError, SyntaxError) as error:
-            raise ValueError(f"{quoted(name)} {error}") from None
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            EOFError,
+            SyntaxError,
+            OverflowError,
+            RecursionError,
+            MemoryError,
+        ) as e:
+            raise ValueError(f"tensor {quoted(readable(name))} {readable(str(e))}") from None
     return found
+
+
+def _check_sizes(record: ArrayRecord, forms: Mapping[str, Form] | None) -> None:
+    """Compare how many tensors and bytes there are with what was asked for; nothing is decoded yet."""
+    count = len(record)
+    if forms is None and count > MOST_TENSORS:
+        raise ValueError(f"its answer has {count} tensors; {MOST_TENSORS} are the most")
+    if forms is not None and count > len(forms):
+        unknown = next(name for name in record if name not in forms)
+        raise ValueError(f"its answer has {quoted(readable(unknown))}, which nobody asked for")
+    longest = max((len(name) for name in record), default=0)
+    if longest > LONGEST_NAME:
+        raise ValueError(f"its answer has a name of {longest} characters")
+    room = largest_size(forms)
+    size = size_of(record)
+    if size > room:
+        raise ValueError(f"its answer has {size} bytes; {room} are the most")
+
+
+def largest_size(forms: Mapping[str, Form] | None) -> int:
+    """Return the most bytes of an answer of given forms, with the headers of its tensors."""
+    if forms is None or any(size < 0 for form in forms.values() for size in form.shape):
+        return LARGEST_OPEN
+    return sum(bytes_of(form) + _HEADER for form in forms.values())
+
+
+def bytes_of(form: Form) -> int:
+    """Return the bytes of a tensor's values; dimensions of any size count as none."""
+    return math.prod(max(0, size) for size in form.shape) * _WIDTHS.get(form.dtype, 8)
+
+
+def _odd_dtypes(own: ConfigRecord) -> dict[str, str]:
+    """Return the dtypes that numpy lacks, by name of the tensor."""
+    text = own.get("dtypes", "{}")
+    if not isinstance(text, str) or len(text) > MOST_TENSORS * 100:
+        raise ValueError("its list of dtypes is no text, or too long")
+    try:
+        odd = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("its list of dtypes cannot be read") from None
+    if not isinstance(odd, dict) or not all(isinstance(code, str) for code in odd.values()):
+        raise ValueError("its list of dtypes cannot be read")
+    return odd
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,23 +367,28 @@ def read_request(message: Message) -> Request:
     arrays, config = content.get(ARRAYS, ArrayRecord()), content.get(CONFIG, ConfigRecord())
     if not isinstance(own, ConfigRecord) or not isinstance(arrays, ArrayRecord) or not isinstance(config, ConfigRecord):
         raise FederationError("cannot read a message: it was not sent by graftwork's server")
+    if len(arrays) > MOST_TENSORS or len(config) > MOST_NUMBERS:
+        raise FederationError(f"cannot read a message: it has {len(arrays)} tensors and {len(config)} small values")
     try:
-        tensors = decode_arrays(arrays, json.loads(str(own.get("dtypes", "{}"))))
+        tensors = decode_arrays(arrays, _odd_dtypes(own))
+        number, rounds = _whole(own, "round"), _whole(own, "rounds")
     except ValueError as error:
-        raise FederationError(f"cannot read a message: tensor {error}") from None
+        raise FederationError(f"cannot read a message: {error}") from None
     return Request(
         kind=message.metadata.message_type.partition(".")[0],
-        round=int(_number(own, "round")),
-        rounds=int(_number(own, "rounds")),
+        round=number,
+        rounds=rounds,
         question=str(own.get("question", "")),
         tensors=tensors,
         config={key: value for key, value in config.items() if isinstance(value, bool | int | float | str)},
     )
 
 
-def _number(record: ConfigRecord, key: str) -> float:
+def _whole(record: ConfigRecord, key: str) -> int:
     value = record.get(key, 0)
-    return value if isinstance(value, int | float) else 0
+    if not isinstance(value, int) or not 0 <= value < 1 << 31:
+        raise ValueError(f"its {key} is {readable(value)}")
+    return value
 
 
 def reply_content(
@@ -306,12 +402,27 @@ def reply_content(
     )
 
 
-def read_answer(message: Message) -> Answer:
+def read_answer(message: Message, forms: Mapping[str, Form] | None = None) -> Answer:
     """Return what a reply holds.
+
+    Args:
+        message: The reply.
+        forms: What was asked for; None for anything.
 
     Raises:
         ValueError: It cannot be read; the message says what is wrong.
     """
+    try:
+        return _answer(message, forms)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever it holds, it must not end the run
+        raise ValueError(f"its reply cannot be read: {readable(f'{type(error).__name__}: {error}')}") from None
+
+
+def _answer(message: Message, forms: Mapping[str, Form] | None) -> Answer:
+    if not message.has_content():
+        raise ValueError("its reply is empty")
     content = message.content
     own, arrays, metrics = content.get(OWN), content.get(ARRAYS), content.get(METRICS)
     if (
@@ -321,15 +432,25 @@ def read_answer(message: Message) -> Answer:
     ):
         missing = [key for key in (OWN, ARRAYS, METRICS) if key not in content]
         raise ValueError(f"its reply has no {', '.join(missing) or 'record of the right kind'}")
-    numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
+    if len(metrics) > MOST_NUMBERS or any(len(key) > LONGEST_NAME for key in metrics):
+        raise ValueError(f"its reply has {len(metrics)} numbers, or names of more than {LONGEST_NAME} characters")
+    numbers = {key: _float(key, value) for key, value in metrics.items() if isinstance(value, int | float)}
     if EXAMPLES not in numbers:
         raise ValueError("its reply does not say how many examples stand behind it")
-    try:
-        tensors = decode_arrays(arrays, json.loads(str(own.get("dtypes", "{}"))))
-    except ValueError as error:
-        raise ValueError(f"tensor {error}") from None
+    site = own.get("site", "")
+    if not isinstance(site, str) or len(site) > LONGEST_NAME:
+        raise ValueError("its reply does not say which site it comes from")
+    _check_sizes(arrays, forms)
+    tensors = decode_arrays(arrays, _odd_dtypes(own))
     examples = numbers.pop(EXAMPLES)
-    return Answer(str(own.get("site", "")), examples, tensors, numbers)
+    return Answer(site, examples, tensors, numbers)
+
+
+def _float(key: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"its number {quoted(readable(key))} is too large") from None
 
 
 def size_of(record: ArrayRecord) -> int:
