@@ -27,6 +27,7 @@ from flwr.serverapp import Grid
 
 from graftwork.federated import messages
 from graftwork.federated.aggregation import Aggregation
+from graftwork.federated.aggregation.operator import Round, operator_of
 from graftwork.federated.algorithms.base import Algorithm, Form, Outgoing, Reply, Server
 from graftwork.federated.client import start_values
 from graftwork.federated.domains import Federation
@@ -138,6 +139,7 @@ class Strategy:
         self.observer = observer
         self.spool_above = spool_above
         self.aggregation = Aggregation.parse(experiment.aggregate)
+        self.operator = operator_of(self.aggregation)
         self._nodes: dict[str, int] = {}
         self._partial: Path | None = None
         self._spool: tempfile.TemporaryDirectory[str] | None = None
@@ -158,6 +160,10 @@ class Strategy:
         problems = list(self.algorithm.check(self.server))
         if problems:
             raise FederationError(*(f"cannot run {self.algorithm.name}: {problem}" for problem in problems))
+        problems = self.operator.check(self.server, self.experiment)
+        if problems:
+            method = quoted(self.aggregation.method)
+            raise FederationError(*(f"cannot aggregate by {method}: {problem}" for problem in problems))
         self._roll_call()
         saved = self.folder.repair() if resume and self.folder is not None else None
         progress: dict[str, Any] = {"best": None, "best_round": 0, "stale": 0, "skipped": 0}
@@ -274,7 +280,13 @@ class Strategy:
         """Send, wait, judge and aggregate."""
         server = self.server
         sent: dict[str, Outgoing] = {site: self.algorithm.outgoing(server, site) for site in asked}
-        forms = {site: self.algorithm.expected(server, sent[site].tensors) for site in asked}
+        forms = {
+            site: {
+                **self.algorithm.expected(server, sent[site].tensors),
+                **self.operator.expected(server, sent[site].tensors),
+            }
+            for site in asked
+        }
         exchange = self._exchange("train", asked, sent.__getitem__, forms.__getitem__)
         self._reject_outliers(exchange)
         self._need("train", exchange, self.experiment.quorum)
@@ -287,8 +299,10 @@ class Strategy:
     def _after_round(self, replies: Sequence[Received]) -> dict[str, float]:
         server = self.server
         try:
+            with torch_seed(server.seed("operator")):
+                numbers = self.operator.after_aggregate(server, replies)
             with torch_seed(server.seed("after_round")):
-                return dict(self.algorithm.after_round(server, replies))
+                return {**numbers, **self.algorithm.after_round(server, replies)}
         except QuorumError as error:
             if self.experiment.on_quorum == "stop":
                 raise
@@ -391,8 +405,9 @@ class Strategy:
         """Write the model that each site sent, whole, so that `graftwork merge` can merge them in another way."""
         for reply in replies:
             model = {name.removeprefix("model/"): value for name, value in reply.tensors.items() if "model/" in name}
+            path = partial / "sites" / f"{reply.site}.safetensors"
             save_artifact(
-                partial / "sites" / f"{reply.site}.safetensors",
+                path,
                 {**self.server.model_state(), **model},
                 kind="client",
                 method=self.algorithm.name,
@@ -401,6 +416,7 @@ class Strategy:
                 site=reply.site,
                 examples=f"{reply.examples:g}",
             )
+            self.operator.keep(self.server, reply, path)
 
     # --- talking to sites -------------------------------------------------------------------------------------------
 
@@ -522,7 +538,7 @@ class Strategy:
                 return
             if answer.site != site:
                 raise ValueError(f"answered as site {quoted(answer.site)}")
-            problem = misfit(answer, forms)
+            problem = misfit(answer, forms) or self.operator.problem(answer.tensors)
             if problem:
                 raise ValueError(problem)
         except ValueError as error:
@@ -613,18 +629,33 @@ class Strategy:
         if len(files) == len(replies):
             with Checkpoint.open(files[0]) as checkpoint:
                 held = list(checkpoint.tensors)
-            wanted = list(held if names is None else names)
-            if sorted(wanted) == sorted(held):
+            wanted = [name for name in held if not self.operator.owns(name)] if names is None else list(names)
+            if sorted(wanted) == sorted(held) and (mean or self.operator.is_plain):
                 base = {
                     name: messages.raw_of(self.server.shared[name]) for name in wanted if name in self.server.shared
                 }
                 return aggregation.merge_files(files, base, weights, wanted, averaged=self._is_averaged)
         raws = [_raws(reply) for reply in replies]
-        wanted = sorted(raws[0]) if names is None else list(names)
+        wanted = sorted(name for name in raws[0] if not self.operator.owns(name)) if names is None else list(names)
         wanted = [name for name in wanted if messages.is_float(raws[0][name][0])]
         if not wanted:
             return {}
         base = {name: messages.raw_of(self.server.shared[name]) for name in wanted if name in self.server.shared}
+        if not mean and not self.operator.is_plain:
+            used = [number for number, weight in enumerate(weights) if weight > 0]
+            if not used:
+                raise FederationError("cannot aggregate: no client has any examples")
+            return self.operator.merge(
+                Round(
+                    self.server,
+                    [replies[number].site for number in used],
+                    [raws[number] for number in used],
+                    wanted,
+                    base,
+                    [weights[number] for number in used],
+                    self._is_averaged,
+                )
+            )
         return aggregation.merge(
             [{name: raw[name] for name in wanted} for raw in raws], base, weights, averaged=self._is_averaged
         )
