@@ -83,6 +83,10 @@ class PrivateState:
             if version > number:  # of a later round that is being replayed
                 self._path(version).unlink(missing_ok=True)
 
+    def rounds(self) -> list[int]:
+        """Return the rounds of which a state is kept, in order."""
+        return sorted(self._versions())
+
     def _versions(self) -> list[int]:
         try:
             names = os.listdir(self.folder)

@@ -276,6 +276,11 @@ class RunFolder:
             raise FederationError(f"cannot read {quoted(self.path / CONFIG)}: it is no JSON object")
         return found
 
+    def parents(self) -> list[dict[str, Any]]:
+        """Return what the run's models were made from: the record of the checkpoint that it started from, if any."""
+        found = self.config().get("init")
+        return [found] if isinstance(found, dict) else []
+
     def experiment(self) -> Experiment:
         """Return the run's experiment."""
         try:
@@ -411,7 +416,7 @@ class RunFolder:
 
         folder = partial if partial is not None else self.partial(saved.number)
         save = partial_of(save_artifact, method=method, settings=settings, round=str(saved.number))
-        save(folder / "global.safetensors", saved.model, kind="model")
+        save(folder / "global.safetensors", saved.model, kind="model", parents=self.parents())
         others = {f"shared/{name}": value for name, value in saved.shared.items() if not name.startswith("model/")}
         state = {**others, **{f"kept/{name}": value for name, value in saved.kept.items()}}
         save(folder / "state.safetensors", state, kind="state")

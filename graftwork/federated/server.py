@@ -16,6 +16,8 @@ from graftwork.federated.features import feature_map
 from graftwork.federated.report import followed
 from graftwork.federated.runs import FEATURES, Experiment, RunFolder, json_line, write_text
 from graftwork.federated.strategy import Observer, Outcome, Strategy, silent
+from graftwork.merge.artifact import parent_of
+from graftwork.merge.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,8 +106,12 @@ def _map_features(strategy: Strategy, folder: RunFolder, outcome: Outcome) -> No
 
 
 def config_of(experiment: Experiment, federation: Federation, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what `config.json` holds: the experiment, all settings, and the partition as it came out."""
-    return {"experiment": experiment.record(), "settings": settings, "federation": dict(federation.record)}
+    """Return what `config.json` holds: the experiment, all settings, the partition as it came out, the start model."""
+    config = {"experiment": experiment.record(), "settings": settings, "federation": dict(federation.record)}
+    if experiment.init is not None:
+        with Checkpoint.open(experiment.init, what="the start model") as checkpoint:
+            config["init"] = parent_of(checkpoint)
+    return config
 
 
 def _check_resumed(folder: RunFolder, experiment: Experiment) -> None:
