@@ -12,6 +12,7 @@ from graftwork.cli.demonstration import demo
 from graftwork.cli.difference import diff
 from graftwork.cli.doctor import doctor
 from graftwork.cli.evaluate import evaluate
+from graftwork.cli.export import export
 from graftwork.cli.extract_lora import extract_lora
 from graftwork.cli.fisher import fisher
 from graftwork.cli.gram import gram
@@ -20,6 +21,8 @@ from graftwork.cli.masks import masks
 from graftwork.cli.match import match
 from graftwork.cli.merge import merge
 from graftwork.cli.methods import methods, schema
+from graftwork.cli.plot import plot
+from graftwork.cli.runs import runs
 from graftwork.cli.simulate import simulate
 from graftwork.cli.verify import verify
 
@@ -69,6 +72,9 @@ for command in (
     doctor,
     schema,
     simulate,
+    runs,
+    plot,
+    export,
     demo,
 ):
     app.command()(command)
