@@ -1,0 +1,185 @@
+"""`graftwork join --keys DIR --data site.toml`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graftwork.cli.output import plural, print_json, print_table, size
+from graftwork.cli.problems import USER_ERROR, readable_errors, tell, usage_error
+
+if TYPE_CHECKING:
+    from graftwork.federated.explain import Explanation
+    from graftwork.federated.preflight import Check
+    from graftwork.federated.supernode import Tell
+
+
+def join(
+    keys: Annotated[Path, typer.Option("--keys", "-k", help="The site's key folder, as the server made it.")],
+    data: Annotated[Path, typer.Option("--data", "-d", help="site.toml: the site's task, device and limits.")],
+    server: Annotated[
+        str | None, typer.Option("--server", "-s", help="host:port. [default: as the key folder says]")
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", help="Private state. [default: ~/.local/state/graftwork/SITE]"),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Say what is wrong, and stop there.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show what would leave the site, and stop there. Nothing is sent.")
+    ] = False,
+    algorithm: Annotated[
+        str | None, typer.Option("--algorithm", "-a", help="Of --explain. [default: what site.toml allows, or fedavg]")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the algorithm of --explain. Repeatable."),
+    ] = None,
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object per line, for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what --check and --explain find as JSON.")] = False,
+) -> None:
+    """Take part in a federation as a site, until stopped with Ctrl-C."""
+    if check and explain:
+        raise usage_error("give --check or --explain, not both")
+    if (algorithm or settings) and not explain:
+        raise usage_error("--algorithm and --set belong to --explain: in a run the server names the algorithm")
+    if as_json and not (check or explain):
+        raise usage_error("--json belongs to --check and --explain; for a running site there is --json-logs")
+    with readable_errors():
+        from graftwork.cli.simulate import _need_flower
+
+        _need_flower()
+        if explain:
+            _explain(keys, data, algorithm, _settings(settings or []), as_json)
+            return
+        from graftwork.federated.preflight import all_checks
+
+        place = state.absolute() if state is not None else None
+        found_keys, site, address, checks = all_checks(
+            keys, data, lambda name: place if place is not None else default_state(name), server
+        )
+        wrong = [each for each in checks if each.found == "wrong"]
+        if check:
+            _show_checks(checks, as_json)
+            if wrong:
+                raise typer.Exit(USER_ERROR)
+            return
+        # A server that is down may come up; everything else has to be right now.
+        if found_keys is None or site is None or address is None or any(each.name != "server" for each in wrong):
+            _show_checks(checks, as_json=False)
+            raise typer.Exit(USER_ERROR)
+        from graftwork.federated.supernode import Joining, supervise
+
+        joining = Joining(
+            address,
+            found_keys,
+            data.absolute(),
+            place if place is not None else default_state(found_keys.site),
+            site.deterministic,
+        )
+        say = _teller(found_keys.site, json_logs)
+        say("joining", f"joining {address} as {found_keys.site}: {site.task.name} on {site.device}; Ctrl-C stops it")
+        supervise(joining, say)
+
+
+def _explain(keys: Path, data: Path, algorithm: str | None, settings: dict[str, str], as_json: bool) -> None:
+    from graftwork.federated.errors import FederationError
+    from graftwork.federated.explain import explain
+    from graftwork.federated.preflight import check_keys
+    from graftwork.federated.site import load_site
+
+    found, checks = check_keys(keys)
+    if found is None:
+        raise FederationError(*(f"{each.name}: {each.text}" for each in checks if each.found == "wrong"))
+    site = load_site(data, found.site)
+    names = [algorithm] if algorithm else list(site.algorithms) or ["fedavg"]
+    explanations = [explain(site, name, settings) for name in names]
+    if as_json:
+        print_json([asdict(each) for each in explanations])
+        return
+    for number, each in enumerate(explanations):
+        if number:
+            print()
+        _show_explanation(each)
+
+
+def _show_explanation(found: Explanation) -> None:
+    print(f"{found.site} in {found.algorithm}: what would leave, message by message. Nothing was sent.")
+    for departure in found.departures:
+        numbers = ", ".join(departure.numbers)
+        print(f"\n{departure.when}: {plural(len(departure.tensors), 'tensor')}, {size(departure.bytes)}")
+        rows = [
+            (
+                "  " + each.name,
+                _shape(each.shape),
+                each.dtype,
+                size(each.bytes),
+                "" if each.may_leave else "NOT ALLOWED",
+            )
+            for each in departure.tensors
+        ]
+        print_table(rows, right=[3])
+        print(f"  and the numbers {numbers}")
+    print(f"\nstays on the site: {plural(len(found.stays), 'tensor')}, and all data")
+    print_table(
+        [("  " + each.name, _shape(each.shape), each.dtype, size(each.bytes)) for each in found.stays], right=[3]
+    )
+    if found.refused:
+        print(
+            f"\n{plural(len(found.refused), 'tensor')} would be refused, as `exchange` in the site's file says: the "
+            "site would send an error instead of such a reply"
+        )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def default_state(site: str) -> Path:
+    """Return where a site's private state is if nobody says so."""
+    import os
+
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(base).expanduser().absolute() / "graftwork" / site
+
+
+def _settings(given: list[str]) -> dict[str, str]:
+    found = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise usage_error(f"--set {item}: write it as KEY=VALUE")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def _teller(site: str, json_logs: bool) -> Tell:
+    """Return what writes events as lines on stderr, with the time."""
+    import datetime
+    import json
+
+    def say(event: str, text: str, *, is_problem: bool = False) -> None:
+        now = datetime.datetime.now(datetime.UTC)
+        if json_logs:
+            level = "warning" if is_problem else "info"
+            line = {"time": now.isoformat(timespec="milliseconds"), "level": level, "event": event, "site": site}
+            tell(json.dumps({**line, "text": text}, ensure_ascii=False))
+        else:
+            mark = "problem: " if is_problem else ""
+            tell(f"{now:%Y-%m-%d %H:%M:%S}Z {site}: {mark}{text}")
+
+    return say
+
+
+def _show_checks(checks: list[Check], as_json: bool) -> None:
+    wrong = sum(each.found == "wrong" for each in checks)
+    if as_json:
+        rows = [{"check": each.name, "found": each.found, "text": each.text} for each in checks]
+        print_json({"ready": wrong == 0, "checks": rows})
+        return
+    print_table([(each.found, each.name, each.text) for each in checks])
+    print()
+    print("ready to join" if wrong == 0 else f"not ready: {wrong} wrong")
