@@ -1,22 +1,34 @@
 """The server half as a Flower app: what app folders name as `serverapp`.
 
-The run configuration says `experiment`, the path of a run's `config.json`; the run is written into the same folder, and
-goes on from its newest round.
+Under `graftwork serve` the environment names the run folder, and `deployment/server.json` in it says what to run, for
+which sites, and which node belongs to which site by its key. In Flower's simulation the run configuration says
+`experiment`, the path of a run's `config.json`. The run is written into its folder, and goes on from its newest round.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from graftwork.federated import messages
 from graftwork.federated.algorithms import create
+from graftwork.federated.configuration import server_federation
 from graftwork.federated.domains import build
-from graftwork.federated.errors import FederationError
-from graftwork.federated.report import write_report
-from graftwork.federated.runs import RunFolder
+from graftwork.federated.errors import FederationError, QuorumError
+from graftwork.federated.order import PLACE, PRESENT, RUN_VARIABLE, Order
+from graftwork.federated.report import followed
+from graftwork.federated.runs import RunFolder, json_line, write_text
 from graftwork.federated.strategy import Strategy
+from graftwork.merge.checkpoint import listed, quoted
+
+_POLL_SECONDS = 0.5
 
 app = ServerApp()
 
@@ -24,13 +36,111 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds."""
+    run = os.environ.get(RUN_VARIABLE, "")
+    if run:
+        serve(grid, Path(run))
+        return
     path = str(context.run_config.get("experiment", ""))
     if not path:
         raise FederationError("the run configuration lacks experiment, the path of a run's config.json")
     folder = RunFolder.open(Path(path).parent)
     experiment = folder.experiment()
-    strategy = Strategy(
-        experiment, create(experiment.algorithm, experiment.settings), build(experiment.federation), folder
-    )
-    strategy.run(grid, resume=True)
-    write_report(folder)
+    algorithm, federation = create(experiment.algorithm, experiment.settings), build(experiment.federation)
+    with followed(folder, experiment.rounds) as observer:
+        Strategy(experiment, algorithm, federation, folder, observer).run(grid, resume=True)
+
+
+def serve(grid: Grid, run: Path) -> None:
+    """Run all rounds of a deployment."""
+    folder, order = RunFolder.open(run), Order.load(run)
+    experiment = order.experiment
+    with followed(folder, experiment.rounds) as observer:
+        federation = server_federation(order.sites, experiment.federation, order.task, order.server_task)
+        algorithm = create(experiment.algorithm, experiment.settings)
+        strategy = Strategy(experiment, algorithm, federation, folder, observer)
+        sites = SitesGrid(grid, order.nodes)
+        wait_for_sites(sites, order, run / PLACE / PRESENT)
+        strategy.run(sites, resume=True)
+
+
+def wait_for_sites(grid: Grid, order: Order, note: Path) -> None:
+    """Return once all sites are there, or the time is over and the quorum is there; say in a file who is.
+
+    Raises:
+        QuorumError: The time is over, and too few are there.
+    """
+    limit = time.monotonic() + order.wait
+    said: list[str] | None = None
+    while True:
+        nodes = list(grid.get_node_ids())
+        here = sorted(order.nodes[node] for node in nodes if node in order.nodes)
+        count = len(here) if order.nodes else len(nodes)
+        is_over = count >= len(order.sites) or time.monotonic() > limit
+        missing = [site for site in order.sites if site not in here] if order.nodes else []
+        if here != said or is_over:
+            said = here
+            write_text(note, json_line({"count": count, "missing": missing, "over": is_over}) + "\n")
+        if is_over:
+            break
+        time.sleep(_POLL_SECONDS)
+    needed = max(1, math.ceil(order.experiment.quorum * len(order.sites) - 1e-9))
+    if count < needed:
+        who = f"; missing: {listed(missing, 20)}" if missing else ""
+        raise QuorumError(
+            f"cannot start: {count} of {len(order.sites)} sites came within {order.wait:g} s, and {needed} have to{who}"
+        )
+
+
+class SitesGrid(Grid):
+    """A SuperLink's grid on which every node speaks for the site of its key, and for no other.
+
+    Args:
+        inner: Flower's grid.
+        nodes: The site of each node by its number; empty to take every node's word.
+    """
+
+    def __init__(self, inner: Grid, nodes: Mapping[int, str]) -> None:
+        self._inner = inner
+        self._sites = nodes
+
+    def set_run(self, run: Any) -> None:
+        """Set the run."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """The run, as Flower knows it."""
+        return self._inner.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a message."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are there and whose key is a site's."""
+        return [node for node in self._inner.get_node_ids() if not self._sites or node in self._sites]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their identifiers."""
+        return self._inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come."""
+        return [self._judged(message) for message in self._inner.pull_messages(message_ids)]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Return the replies to messages, as Flower's own strategies ask for them."""
+        return [self._judged(message) for message in self._inner.send_and_receive(messages, timeout=timeout)]
+
+    def _judged(self, message: Message) -> Message:
+        """Return a reply; one that speaks for another site is changed so that no site's name fits."""
+        if not self._sites or message.has_error():
+            return message
+        own = message.content.get(messages.OWN)
+        if isinstance(own, ConfigRecord):
+            claimed, true = str(own.get("site", "")), self._sites.get(message.metadata.src_node_id, "")
+            if claimed != true:
+                own["site"] = f"{claimed} (with the key of {quoted(true)})"
+        return message
