@@ -16,6 +16,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,12 @@ from graftwork.federated import messages
 from graftwork.federated.aggregation import Aggregation
 from graftwork.federated.aggregation.operator import Round, operator_of
 from graftwork.federated.algorithms.base import Algorithm, Form, Outgoing, Reply, Server
+from graftwork.federated.asking import LOST, NODE_UNAVAILABLE, PATIENCE_SECONDS, Losses
 from graftwork.federated.client import start_values
 from graftwork.federated.domains import Federation
 from graftwork.federated.errors import FederationError, QuorumError
+from graftwork.federated.log import tell, warn
+from graftwork.federated.messages import bytes_of
 from graftwork.federated.normalisation import batch_norm_names
 from graftwork.federated.runs import Experiment, RunFolder, Saved
 from graftwork.federated.seeds import generator_of, seed_of, torch_seed
@@ -47,6 +51,8 @@ SPOOL_ABOVE = 512_000_000
 """Bytes of replies in one round above which they go to disk as they come."""
 
 _POLL_SECONDS = 0.2
+_ROLL_CALL_SECONDS = 60.0
+"""How long a node that came up in the middle of a run has to say which site it is."""
 
 
 class Observer(Protocol):
@@ -145,6 +151,8 @@ class Strategy:
         self._spool: tempfile.TemporaryDirectory[str] | None = None
         self._bytes = 0
         self._notes: dict[str, str] = {}
+        self._asked_again: dict[str, int] = {}
+        self._strangers: set[int] = set()
         self.server = self._new_server()
 
     # --- the run ----------------------------------------------------------------------------------------------------
@@ -181,6 +189,13 @@ class Strategy:
             server.round = saved.number
             lines = self.folder.metrics() if self.folder is not None else []
             lines = [line for line in lines if line.get("round")]
+        tell(
+            "run_started",
+            algorithm=self.algorithm.name,
+            rounds=self.experiment.rounds,
+            sites=list(server.sites),
+            resumed_after=server.round if saved is not None else None,
+        )
         while server.round < self.experiment.rounds and not self._is_over(progress):
             server.round += 1
             lines.append(self._round(progress))
@@ -198,6 +213,7 @@ class Strategy:
                 round=str(server.round),
             )
             self.folder.write_summary(summary)
+        tell("run_finished", rounds=summary["rounds"], accuracy=summary.get("accuracy"))
         return Outcome(summary, server.model_state(), lines, dict(server.shared))
 
     def _is_over(self, progress: Mapping[str, Any]) -> bool:
@@ -222,7 +238,8 @@ class Strategy:
         """Run one round; return its line."""
         server, experiment = self.server, self.experiment
         started = time.monotonic()
-        self._bytes, self._notes = 0, {}
+        self._bytes, self._notes, self._asked_again = 0, {}, {}
+        self._find_moved()
         if self.folder is not None:
             self._partial = self.folder.partial(server.round)
         asked = self._sampled()
@@ -237,7 +254,7 @@ class Strategy:
             line |= {"answered": 0, "skipped": error.problems[0], "failed": dict(sorted(self._notes.items()))}
             line["bytes"] = self._bytes
             self._save(line, progress)
-            self.observer(line, {"seconds": time.monotonic() - started, "bytes": self._bytes})
+            self._report(line, started)
             return line
         sites: dict[str, dict[str, float]] = {
             reply.site: {"examples": reply.examples, **_prefixed("train_", reply.metrics)} for reply in replies
@@ -261,11 +278,21 @@ class Strategy:
         if self._spool is not None:
             self._spool.cleanup()
             self._spool = None
-        seconds = time.monotonic() - started
-        if self.folder is not None:
-            self.folder.add_timing({"round": server.round, "seconds": round(seconds, 3)})
-        self.observer(line, {"seconds": seconds, "bytes": self._bytes})
+        self._report(line, started)
         return line
+
+    def _report(self, line: Mapping[str, Any], started: float) -> None:
+        """Tell of a round that is over; what differs between equal runs is no part of its line."""
+        seconds = time.monotonic() - started
+        again = {"asked_again": dict(sorted(self._asked_again.items()))} if self._asked_again else {}
+        if self.folder is not None:
+            self.folder.add_timing({"round": self.server.round, "seconds": round(seconds, 3), **again})
+        if "skipped" in line:
+            warn("round_skipped", round=self.server.round, reason=line["skipped"])
+        else:
+            keys = ("round", "asked", "answered", "train_loss", "accuracy", "bytes")
+            tell("round_finished", **{key: line.get(key) for key in keys}, seconds=round(seconds, 3), **again)
+        self.observer(line, {"seconds": seconds, "bytes": self._bytes, **again})
 
     def _sampled(self) -> list[str]:
         """Return the sites that take part in this round."""
@@ -287,7 +314,7 @@ class Strategy:
             }
             for site in asked
         }
-        exchange = self._exchange("train", asked, sent.__getitem__, forms.__getitem__)
+        exchange = self._exchange("train", asked, sent.__getitem__, forms.__getitem__, quorum=self.experiment.quorum)
         self._reject_outliers(exchange)
         self._need("train", exchange, self.experiment.quorum)
         if sum(server.weights(exchange.replies)) <= 0:
@@ -320,7 +347,11 @@ class Strategy:
             line["server"] = found
         if self.federation.sites_are_judged or self.algorithm.is_personal or not found:
             exchange = self._exchange(
-                "evaluate", server.sites, lambda site: self.algorithm.outgoing(server, site), lambda site: {}
+                "evaluate",
+                server.sites,
+                lambda site: self.algorithm.outgoing(server, site),
+                lambda site: {},
+                quorum=self.experiment.quorum,
             )
             for reply in exchange.replies:
                 if reply.metrics:
@@ -430,10 +461,17 @@ class Strategy:
             if len(nodes) >= len(wanted) or time.monotonic() > limit:
                 break
             time.sleep(_POLL_SECONDS)
-        self._nodes = {str(node): node for node in nodes}
+        numbers = {str(node): node for node in nodes}
         named: dict[str, int] = {}
         exchange = self._exchange(
-            "query", list(self._nodes), lambda site: Outgoing({}), lambda site: {}, messages.ROLL_CALL, naming=named
+            "query",
+            list(numbers),
+            lambda node: Outgoing({}),
+            lambda node: {},
+            messages.ROLL_CALL,
+            quorum=self.experiment.quorum,
+            naming=named,
+            nodes=numbers,
         )
         self._nodes = dict(sorted(named.items()))
         self.server.sites = tuple(self._nodes)
@@ -453,57 +491,101 @@ class Strategy:
         forms: Callable[[str], Mapping[str, Form] | None],
         question: str = "",
         *,
+        quorum: float = 0.0,
         naming: dict[str, int] | None = None,
+        nodes: Mapping[str, int] | None = None,
+        patience: float | None = None,
     ) -> Exchange:
-        """Send every site its message, and return the sound replies in the order of the sites' names."""
+        """Send every site its message, and return the sound replies in the order of the sites' names.
+
+        Args:
+            kind: Type of the messages.
+            sites: Whom to send to.
+            outgoing: What each is sent; called again for a site that is asked again.
+            forms: What each answer has to look like.
+            question: What a query asks.
+            quorum: The share of sound answers below which lost sites are asked again.
+            naming: Filled with the sites' nodes, in a roll call, whose `sites` are nodes.
+            nodes: Under which number each is reached; by default where the sites were last.
+            patience: Seconds to wait; by default the run's deadline.
+        """
+        grid: Any = self._grid
         found = Exchange(asked=tuple(sites))
-        encoder = messages.Encoder()
         request = messages.Request(kind, self.server.round, self.experiment.rounds, question)
-        outbox: list[Message] = []
-        expected_bytes = 0
-        deadline = self.experiment.deadline
-        for site in sites:
-            parcel = outgoing(site)
-            content, size = messages.request_content(request, parcel.config, encoder, parcel.tensors)
-            found.bytes += size
-            expected_bytes += _size_of(forms(site) or {})
-            outbox.append(
-                Message(
-                    content,
-                    self._nodes[site],
-                    kind,
-                    ttl=None if deadline is None else 2 * deadline + 60,
-                    group_id=str(self.server.round),
-                )
-            )
-        if hasattr(self._grid, "deadline"):
-            self._grid.deadline = deadline
+        deadline = self.experiment.deadline if patience is None else patience
+        times_itself = hasattr(grid, "deadline")
+        if times_itself:
+            grid.deadline = deadline
+        begun = time.monotonic()
+        limit = math.inf if deadline is None or times_itself else begun + deadline
+        until = limit if limit < math.inf else begun + PATIENCE_SECONDS
+        losses = Losses(self.experiment.ask_again, _least(quorum, len(sites)), until)
+        expected_bytes = sum(bytes_of(form) for site in sites for form in (forms(site) or {}).values())
         spool = self._spool_folder(kind) if expected_bytes > self.spool_above else None
-        pending = dict(zip(self._grid.push_messages(outbox), sites, strict=True))
-        del outbox, encoder
-        counts: dict[str, int] = {}
-        limit = math.inf if deadline is None or hasattr(self._grid, "deadline") else time.monotonic() + deadline
-        while pending:
-            came = list(self._grid.pull_messages(list(pending)))
+        pending: dict[str, str] = {}
+        numbers = self._nodes if nodes is None else nodes
+
+        def send(chosen: Sequence[str]) -> int:
+            """Send; return the bytes of all that was sent."""
+            encoder, outbox, size = messages.Encoder(), [], 0
+            for site in chosen:
+                parcel = outgoing(site)
+                content, of_parcel = messages.request_content(request, parcel.config, encoder, parcel.tensors)
+                size += of_parcel
+                ttl = None if deadline is None else 2 * deadline + 60
+                outbox.append(Message(content, numbers[site], kind, ttl=ttl, group_id=str(self.server.round)))
+            pushed = list(grid.push_messages(outbox))
+            if len(pushed) != len(chosen):
+                raise FederationError(
+                    f"cannot send {size} bytes to {len(chosen)} sites: Flower's server takes no messages of this size"
+                )
+            for identifier, site in zip(pushed, chosen, strict=True):
+                if identifier is None:  # Flower's sign that this message was refused
+                    losses.take(site, NODE_UNAVAILABLE, "its node cannot be reached", time.monotonic())
+                else:
+                    pending[identifier] = site
+            return size
+
+        found.bytes += send(sites)
+        counts: Counter[tuple[str, str]] = Counter()
+        while True:
+            came = list(grid.pull_messages(list(pending))) if pending else []
             for message in came:
-                sender = pending.get(message.metadata.reply_to_message_id)
+                identifier = message.metadata.reply_to_message_id
+                sender = pending.get(identifier)
                 if sender is None:
                     continue
-                counts[sender] = counts.get(sender, 0) + 1
-                if counts[sender] == 1:
+                counts[identifier, sender] += 1
+                if counts[identifier, sender] > 1:
+                    continue
+                code = message.error.code if message.has_error() else None
+                if code in LOST:
+                    losses.take(sender, code, _reason(message), time.monotonic())
+                    warn("site_lost", round=self.server.round, site=sender, reason=losses.reasons[sender])
+                else:
                     self._take(message, sender, forms(sender), found, spool, naming)
-            answered = [message.metadata.reply_to_message_id for message in came]
-            for identifier in answered:
-                pending.pop(identifier, None)
-            if not came and pending:
-                if time.monotonic() > limit:
+            for message in came:
+                pending.pop(message.metadata.reply_to_message_id, None)
+            sound = len(found.replies) if naming is None else len(naming)
+            now = time.monotonic()
+            again = losses.due(sound, len(pending), now)
+            if again:
+                if naming is None:
+                    self._find_moved()
+                send(again)
+                for site in again:
+                    warn("site_asked_again", round=self.server.round, site=site, attempt=losses.asked[site] + 1)
+                    self._asked_again[site] = self._asked_again.get(site, 0) + 1
+            elif not pending and not losses.are_worth_waiting(sound, now):
+                break
+            elif not came:
+                if now > limit:
                     break
-                time.sleep(0 if hasattr(self._grid, "deadline") else _POLL_SECONDS)
+                time.sleep(0 if times_itself and pending else _POLL_SECONDS)
+        found.failures |= losses.final()
+        found.failures |= {site: f"answered {count} times" for (_, site), count in counts.items() if count > 1}
         for site in pending.values():
             found.failures[site] = f"no answer within {deadline:g} s" if deadline is not None else "no answer"
-        for site, count in counts.items():
-            if count > 1:
-                found.failures[site] = f"answered {count} times"
         found.replies = sorted(
             (reply for reply in found.replies if reply.site not in found.failures), key=lambda reply: reply.site
         )
@@ -512,7 +594,36 @@ class Strategy:
             prefix = "" if kind == "train" else f"{question or kind}: "
             for site, reason in found.failures.items():
                 self._notes[site] = "; ".join(filter(None, [self._notes.get(site, ""), prefix + reason]))
+                warn("site_failed", round=self.server.round, site=site, reason=prefix + reason)
         return found
+
+    def _find_moved(self) -> None:
+        """Note where sites are now whose node came back under another number.
+
+        Only a site whose old node is gone is looked for: nobody can take the place of a site that is there.
+        """
+        online = set(self._grid.get_node_ids())
+        gone = {site for site, node in self._nodes.items() if node not in online}
+        strangers = {str(node): node for node in sorted(online - set(self._nodes.values()) - self._strangers)}
+        if not gone or not strangers:
+            return
+        named: dict[str, int] = {}
+        self._exchange(
+            "query",
+            list(strangers),
+            lambda node: Outgoing({}),
+            lambda node: {},
+            messages.ROLL_CALL,
+            naming=named,
+            nodes=strangers,
+            patience=_ROLL_CALL_SECONDS,
+        )
+        for site, node in named.items():
+            if site in gone:
+                self._nodes[site] = node
+                tell("site_moved", round=self.server.round, site=site)
+            else:
+                self._strangers.add(node)
 
     def _take(
         self,
@@ -525,19 +636,20 @@ class Strategy:
     ) -> None:
         """Judge one reply; keep it, or note what is wrong with it."""
         if message.has_error():
-            found.failures[site] = message.error.reason or f"failed with code {message.error.code}"
+            found.failures[site] = _reason(message)
             return
         try:
-            answer = messages.read_answer(message)
+            answer = messages.read_answer(message, forms)
+            claimed = quoted(messages.readable(answer.site))
             if naming is not None:
                 if answer.site in naming:
-                    raise ValueError(f"claims to be site {quoted(answer.site)}, as another node does")
+                    raise ValueError(f"claims to be site {claimed}, as another node does")
                 if answer.site not in self.federation.sites:
-                    raise ValueError(f"claims to be site {quoted(answer.site)}, which is not in the federation")
-                naming[answer.site] = self._nodes[site]
+                    raise ValueError(f"claims to be site {claimed}, which is not in the federation")
+                naming[answer.site] = int(site)
                 return
             if answer.site != site:
-                raise ValueError(f"answered as site {quoted(answer.site)}")
+                raise ValueError(f"answered as site {claimed}")
             problem = misfit(answer, forms) or self.operator.problem(answer.tensors)
             if problem:
                 raise ValueError(problem)
@@ -582,7 +694,7 @@ class Strategy:
 
     def _need(self, doing: str, exchange: Exchange, quorum: float) -> None:
         """Raise if too few sites gave a sound answer."""
-        needed = max(1, math.ceil(quorum * len(exchange.asked) - 1e-9)) if quorum > 0 else 0
+        needed = _least(quorum, len(exchange.asked))
         if len(exchange.replies) >= needed:
             return
         raise QuorumError(
@@ -605,8 +717,9 @@ class Strategy:
         """Ask sites a question; see `base.Ask`."""
         asked = sorted(sites) if sites is not None else list(self.server.sites)
         send = outgoing if callable(outgoing) else lambda site: outgoing
-        exchange = self._exchange("query", asked, send, lambda site: expect, question)
-        self._need(question, exchange, self.experiment.quorum if quorum is None else quorum)
+        least = self.experiment.quorum if quorum is None else quorum
+        exchange = self._exchange("query", asked, send, lambda site: expect, question, quorum=least)
+        self._need(question, exchange, least)
         return list(exchange.replies)
 
     def merge(
@@ -765,9 +878,14 @@ def _raws(reply: Reply) -> Mapping[str, Raw]:
     return {name: messages.raw_of(value) for name, value in reply.tensors.items()}
 
 
-def _size_of(forms: Mapping[str, Form]) -> int:
-    widths = {"float64": 8, "float32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
-    return sum(math.prod(max(0, size) for size in form.shape) * widths.get(form.dtype, 4) for form in forms.values())
+def _least(quorum: float, asked: int) -> int:
+    """Return how many of the asked a quorum needs."""
+    return max(1, math.ceil(quorum * asked - 1e-9)) if quorum > 0 else 0
+
+
+def _reason(message: Message) -> str:
+    """Return what an error reply says, or its code."""
+    return messages.readable(message.error.reason or "") or f"failed with code {message.error.code}"
 
 
 def _mean(pairs: Sequence[tuple[float, float | None]]) -> float | None:
