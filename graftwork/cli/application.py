@@ -17,12 +17,14 @@ from graftwork.cli.extract_lora import extract_lora
 from graftwork.cli.fisher import fisher
 from graftwork.cli.gram import gram
 from graftwork.cli.inspect import inspect
+from graftwork.cli.join import join
 from graftwork.cli.masks import masks
 from graftwork.cli.match import match
 from graftwork.cli.merge import merge
 from graftwork.cli.methods import methods, schema
 from graftwork.cli.plot import plot
 from graftwork.cli.runs import runs
+from graftwork.cli.serve import keys, serve
 from graftwork.cli.simulate import simulate
 from graftwork.cli.verify import verify
 
@@ -75,6 +77,9 @@ for command in (
     runs,
     plot,
     export,
+    serve,
+    keys,
+    join,
     demo,
 ):
     app.command()(command)
