@@ -208,6 +208,16 @@ class _DeviceReducer(_OnDevice):
             target, origin = state
             for row, key in enumerate(keys):
                 target[row, start - origin : start - origin + key.size] = key
+        elif self.reducer == "gather":
+            kept, counts, above, rows, lows, widths = state
+            for window, row in enumerate(rows):
+                key = keys[row]
+                high = np.uint64(lows[window]) + np.uint64(widths[window])
+                above[window] += int((key.astype(np.uint64) >= high).sum())
+                inside = key[key - lows[window] < widths[window]]
+                room = kept[window, min(counts[window], kept.shape[1]) :]
+                room[: inside.size] = inside[: room.size]
+                counts[window] += inside.size
         elif self.reducer == "histogram":
             counts, above, rows, lows, widths, shifts = state
             for window, row in enumerate(rows):

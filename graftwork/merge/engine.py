@@ -47,11 +47,14 @@ its own, which spares compilations. The results are the same."""
 _STRIP = 16_384
 """Elements decoded at a time where decoding is a pass of its own."""
 
-_ROW_VALUES = 1 << 20
+_ROW_VALUES = 1 << 18
 """Values that a function over rows gets at a time, at least one slice."""
 
 WINDOW_BITS = 19
 """A selection's histogram has up to 2^19 bins."""
+
+_KEPT_BYTES = 16_000_000
+"""Keys of a selection that may be kept while they are ranked."""
 
 _SAMPLE = 131_072
 """Keys looked at to guess where a selection's cut lies; the guess only saves passes."""
@@ -531,6 +534,14 @@ class Engine:
         held = self._held.get(id(step))
         if held is None or start % BLOCK or (stop % BLOCK and stop != step.elements):
             return self._read_words(step, start, stop, digests)
+        words = self._held_words(step, held, start, stop)
+        if digests is not None:
+            for number, known in enumerate(held.digests):
+                digests[number].extend(known[start // BLOCK : -(-stop // BLOCK)])
+        return words
+
+    def _held_words(self, step: Step, held: _Held, start: int, stop: int) -> list[Array]:
+        """Return elements [start, stop) of every input from memory, where they are read once."""
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             if not held.digests[-1][block]:
                 first, last = block * BLOCK, min(step.elements, (block + 1) * BLOCK)
@@ -538,9 +549,6 @@ class Engine:
                 self._read_words(step, first, last, own, [words[first:last] for words in held.words])
                 for number, digest in enumerate(own):
                     held.digests[number][block] = digest[0]
-        if digests is not None:
-            for number, known in enumerate(held.digests):
-                digests[number].extend(known[start // BLOCK : -(-stop // BLOCK)])
         return [words[start:stop] for words in held.words]
 
     def _read_words(
@@ -739,23 +747,33 @@ class Engine:
         bound = bind(parameters, precision)
         return _Evaluator(step, formula, bound, precision, self.buffers, fuse=self.fuse)
 
-    def _slices(self, step: Step, low: int, high: int) -> tuple[Array, Array | None]:
-        """Return elements [low, high), whole slices along the first axis, as float arrays (models, slices, …)."""
+    def _slices(self, step: Step, low: int, high: int, *, reuse: bool = True) -> tuple[Array, Array | None]:
+        """Return elements [low, high), whole slices along the first axis, as float arrays (models, slices, …).
+
+        They stay valid until the next call, unless they get memory of their own without `reuse`.
+        """
         shape = step.shape if len(step.shape) >= 2 else (1, step.elements)
         unit = math.prod(shape[1:])
         target = np.float64 if step.wide else np.float32
-        values = []
-        for item in step.inputs:
-            dtype = dtypes.RAW[item.entry.dtype]
-            words = np.empty(high - low, dtype)
-            self.readers[item.model].read_into(item.entry, low * dtype.itemsize, words.view(np.uint8).data)
-            self.progress(words.nbytes)
-            wide = _widen(words, target)
-            if not np.isfinite(wide).all():
+        count = len(step.inputs)
+        values = (
+            self.buffers.get("slices", 0, count * (high - low), target)
+            if reuse
+            else np.empty(count * (high - low), target)
+        ).reshape(count, -1)
+        held = self._held.get(id(step))
+        words = None if held is None else self._held_words(step, held, low, high)
+        for number, item in enumerate(step.inputs):
+            if words is None:
+                raw = self.buffers.get("words", 0, high - low, dtypes.RAW[item.entry.dtype])
+                self.readers[item.model].read_into(item.entry, low * raw.itemsize, raw.view(np.uint8).data)
+                self.progress(raw.nbytes)
+            else:
+                raw = words[number]
+            if _kernels().decode(raw, values[number]):
                 self._refuse_input(step, low, high)
-            values.append(wide.reshape((high - low) // unit, *shape[1:]))
-        models = np.stack(values[: len(step.models)])
-        return models, values[-1] if step.base is not None else None
+        shaped = values.reshape(count, (high - low) // unit, *shape[1:])
+        return shaped[: len(step.models)], shaped[-1] if step.base is not None else None
 
     def _row_spans(self, step: Step) -> list[tuple[int, int]]:
         """Return element ranges of as many whole slices as a function over rows gets at a time."""
@@ -782,7 +800,7 @@ class Engine:
         return self._rehash(step, parallel)
 
     def _apply_matrix(self, step: Step, request: ApplyMatrix) -> tuple[list[bytes], list[list[bytes]]]:
-        models, base = self._slices(step, 0, step.elements)
+        models, base = self._slices(step, 0, step.elements, reuse=False)
         shaped = models.astype(np.float64).reshape(-1, *step.shape)
         whole = None if base is None else base.astype(np.float64).reshape(step.shape)
         parameters = {
@@ -896,8 +914,8 @@ class Engine:
             low, high = spans[number]
             models, base = self._slices(step, low, high)
             assert base is not None
-            wide = models.astype(np.float64).reshape(len(step.models), -1, columns)
-            return np.asarray(request.function(wide, base.astype(np.float64).reshape(-1, columns)))
+            rows = models.reshape(len(step.models), -1, columns)
+            return np.asarray(request.function(rows, base.reshape(-1, columns)))
 
         assert unit % columns == 0
         return np.concatenate(self._map(table, len(spans), parallel))
@@ -917,9 +935,10 @@ class Engine:
 
 
 class _Selection:
-    """Finds exact cuts by histograms of ever narrower windows of keys; the first window is guessed from a sample.
+    """Finds exact cuts in windows of keys that a sample shows: one pass keeps the keys within, which are then ranked.
 
-    A score's key is its bits as an integer, which orders non-negative numbers.
+    Where a window holds too many keys, or the sample was misleading, histograms narrow it down. A score's key is its
+    bits as an integer, which orders non-negative numbers.
     """
 
     def __init__(self, engine: Engine, asked: list[tuple[Step, Any]], parallel: bool) -> None:
@@ -991,7 +1010,8 @@ class _Selection:
         """Return, for each (score, rank), the key of that rank and the index of the last admitted element.
 
         Differences of 16-bit numbers have few distinct magnitudes, so the sample often shows which one it is; a guess
-        is confirmed by one cheap pass. Otherwise histograms narrow the window down to one key, which is then confirmed.
+        is confirmed by one cheap pass. Otherwise the keys near the place are kept and ranked; where that fails,
+        histograms narrow the window down to one key, which is then confirmed.
         """
         sample = self._sampled()
         size = sample.shape[1]
@@ -1009,6 +1029,11 @@ class _Selection:
             equal = np.searchsorted(sample[row], guess, "right") - np.searchsorted(sample[row], guess)
             if equal > slack * size / 2:
                 guesses[row, rank] = int(guess)
+        share = sum(
+            self._share(sample[row], *windows[row, rank]) for row, rank in windows if (row, rank) not in guesses
+        )
+        if share * self.total * self.key_dtype.itemsize <= _KEPT_BYTES:
+            found.update(self._gather(windows, guesses))
         while windows:
             if not guesses:
                 guesses = self._narrow(windows)
@@ -1023,6 +1048,49 @@ class _Selection:
                     del windows[place]
                     found[place] = (key, self._last(place[0], key, needed, equal, seen))
             guesses = {}
+        return found
+
+    @staticmethod
+    def _share(keys: Array, low: int, high: int) -> float:
+        """Return the share of sorted keys that lies in a window."""
+        first, last = np.searchsorted(keys, [low, high - 1])
+        return float(last - first) / keys.size
+
+    def _gather(
+        self, windows: dict[tuple[int, int], tuple[int, int]], guesses: dict[tuple[int, int], int]
+    ) -> dict[tuple[int, int], tuple[int, int]]:
+        """Keep the keys in the windows of places without a guess; find, and take out, the places that lie there."""
+        places = [place for place in windows if place not in guesses]
+        if not places:
+            return {}
+        rows = np.array([row for row, _ in places])
+        lows = np.array([windows[place][0] for place in places], self.key_dtype)
+        widths = np.array([windows[place][1] - windows[place][0] for place in places], self.key_dtype)
+        room = max(64, self.engine.span // 8)
+
+        def keep(number: int) -> tuple[list[Array], Array, Array]:
+            kept = self.engine.buffers.get("kept", 0, len(places) * room, self.key_dtype).reshape(len(places), room)
+            counts, above = np.zeros((2, len(places)), np.int64)
+            self._over_span(self.spans[number], "gather", (kept, counts, above, rows, lows, widths))
+            return [kept[at, : min(room, count)].copy() for at, count in enumerate(counts)], counts, above
+
+        parts = self.engine._map(keep, len(self.spans), self.parallel)
+        found = {}
+        for at, place in enumerate(places):
+            seen = np.array([counts[at] for _, counts, _ in parts])
+            needed = place[1] - sum(int(above[at]) for _, _, above in parts)
+            low, high = windows[place]
+            if needed <= 0:  # the sample was misleading: it lies higher
+                windows[place] = (high, self.largest + 1)
+            elif needed > int(seen.sum()):  # or lower
+                windows[place] = (0, low)
+            elif int(seen.max()) <= room:
+                keys = np.concatenate([kept[at] for kept, _, _ in parts])
+                key = int(np.partition(keys, keys.size - needed)[keys.size - needed])
+                same = np.array([int((kept[at] == key).sum()) for kept, _, _ in parts])
+                needed -= int((keys > key).sum())
+                found[place] = (key, self._last(place[0], key, needed, int(same.sum()), same))
+                del windows[place]
         return found
 
     def _last(self, row: int, key: int, needed: int, equal: int, seen: Array) -> int:

@@ -307,7 +307,8 @@ def _distance(value: Any, base: Any, like: Any) -> Any:
 
 @overload(vocabulary.row_value, strict=False)
 def _row_value(table: Any, index: Any, columns: Any) -> Any:
-    return lambda table, index, columns: table[index // columns]
+    # A quotient of whole numbers below 2^52 does not round up to the next one, and this division is a vector's.
+    return lambda table, index, columns: table[types.int64(types.float64(index) / types.float64(columns))]
 
 
 # ---------------------------------------------------------------- reducers over a strip of evaluated values
@@ -470,6 +471,32 @@ def _reduce_histogram(strip: Any, count: int, start: int, state: Any) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
+def _reduce_gather(strip: Any, count: int, start: int, state: Any) -> None:
+    """Keep the keys in each window: `state` = (kept, counts, above, key row, lowest key, width), one per window.
+
+    Counts go on where there is no more room.
+    """
+    kept, counts, above, rows, lows, widths = state
+    for window in range(rows.size):
+        keys = strip[rows[window]]
+        low = lows[window]
+        width = widths[window]
+        target = kept[window]
+        high = low + width
+        larger = 0
+        for position in range(count):
+            larger += keys[position] >= high
+        above[window] += larger
+        place = counts[window]
+        for position in range(count):
+            if keys[position] - low < width:  # unsigned: a smaller key is a huge distance
+                if place < target.size:
+                    target[place] = keys[position]
+                place += 1
+        counts[window] = place
+
+
+@njit(nogil=True, error_model="numpy")
 def _reduce_compare(strip: Any, count: int, start: int, state: Any) -> None:
     """Count keys above and equal to each window's key: `state` = (above, equal, key row, key)."""
     above, equal, rows, targets = state
@@ -529,6 +556,7 @@ REDUCERS: dict[str, Any] = {
     "sums": _reduce_sums,
     "narrow sums": _reduce_narrow_sums,
     "gram": _reduce_gram,
+    "gather": _reduce_gather,
     "histogram": _reduce_histogram,
     "compare": _reduce_compare,
     "find": _reduce_find,

@@ -149,7 +149,8 @@ class Select:
 class RowTable:
     """Ask for one float64 value per row; rows run along the last axis.
 
-    `function(models, base)` gets float64 arrays (models, rows, columns) and (rows, columns), and returns (rows,).
+    `function(models, base)` gets arrays (models, rows, columns) and (rows, columns), float64 if an input is and float32
+    otherwise, that are valid for the time of the call; it returns (rows,).
     """
 
     function: Callable[..., Any]

@@ -8,11 +8,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from graftwork.merge.divergence import divergence
 from graftwork.merge.dtypes import promoted
 from graftwork.merge.errors import RecipeError
 from graftwork.merge.memory import merge_arrays
 from graftwork.merge.methods import registry
-from graftwork.merge.methods.arcee_fusion import divergence
 from tests.contract.table import ROWS, W, broken, chosen, laws, merged, values_of, words_of
 from tests.reference import divergence_of_rows, excess, reference, reference_model, ulp
 
