@@ -20,12 +20,12 @@ All of it takes about an hour on one core; width 2048 is more than half of that.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.functional import interpolate as resize
+from torch.optim import Adam
 
 from graftwork.merge.task import Task
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.merge.alignment.networks import LeNet, Model, Perceptron, Residual, digits, residual
+from tests.merge.alignment.networks import trained as train
 
 SECTIONS = ("widths", "batchnorm", "lenets", "many")
 WIDTHS = (128, 256, 512, 1024, 2048)
@@ -45,92 +50,8 @@ STEPS = 10
 STRAIGHT_THROUGH_STEPS = 200
 """More than the default, at which the order of weight matching is not left on these networks."""
 
-Model = dict[str, Tensor]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks and data
-
-
-class Perceptron(nn.Module):
-    """64-w-w-w-10 with ReLU."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        sizes = (64, width, width, width, 10)
-        for number, (inside, outside) in enumerate(itertools.pairwise(sizes)):
-            setattr(self, f"fc{number}", nn.Linear(inside, outside))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        for number in range(3):
-            x = torch.relu(getattr(self, f"fc{number}")(x))
-        return self.fc3(x)
-
-
-class Block(nn.Module):
-    """Two convolutions with BatchNorm and a shortcut."""
-
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outside)
-        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outside)
-        self.downsample = (
-            nn.Sequential()
-            if stride == 1 and inside == outside
-            else nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        return torch.relu(y + self.downsample(x))
-
-
-class Residual(nn.Module):
-    """A stem and two residual blocks on images of 8 × 8 pixels."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = nn.Sequential(Block(width, width, 1))
-        self.layer2 = nn.Sequential(Block(width, 2 * width, 2))
-        self.fc = nn.Linear(2 * width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return self.fc(self.layer2(self.layer1(x)).mean((2, 3)))
-
-
-class LeNet(nn.Module):
-    """The network of the LeNet checkpoints: 3 × 32 × 32 pixels in [−1, 1]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 20, 5)
-        self.conv2 = nn.Conv2d(20, 50, 5)
-        self.fc1 = nn.Linear(1250, 500)
-        self.fc2 = nn.Linear(500, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(torch.max_pool2d(self.conv1(x), 2))
-        x = torch.relu(torch.max_pool2d(self.conv2(x), 2))
-        return self.fc2(torch.relu(self.fc1(x.flatten(1))))
-
-
-@cache
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return images (n, 1, 8, 8) in [0, 1] and labels to train, and to test."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.tensor(found.images / 16, dtype=torch.float32)[:, None]
-    labels = torch.tensor(found.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1437], order[1437:]
-    return images[train], labels[train], images[test], labels[test]
 
 
 def batches(images: Tensor, labels: Tensor, size: int = 256) -> list[tuple[Tensor, Tensor]]:
@@ -157,29 +78,11 @@ def trained(folder: Path, kind: str, width: int, seed: int) -> Model:
 
 
 def train_perceptron(width: int, seed: int, epochs: int = 60) -> Model:
-    torch.manual_seed(seed)
-    module = Perceptron(width)
-    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
-    return train(module, optimizer, epochs)
+    return train(lambda: Perceptron(width), seed, epochs, lambda module: Adam(module.parameters(), lr=1e-3))
 
 
 def train_residual(width: int, seed: int, epochs: int = 25) -> Model:
-    torch.manual_seed(seed)
-    module = Residual(width)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    return train(module, optimizer, epochs)
-
-
-def train(module: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> Model:
-    images, labels, _, _ = digits()
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(images)).split(128):
-            optimizer.zero_grad()
-            cross_entropy(module(images[chosen]), labels[chosen]).backward()
-            optimizer.step()
-        schedule.step()
-    return module.state_dict()
+    return residual(width, seed, epochs)
 
 
 def lenet_task(data: Path, name: str, calibration: int = 2000) -> Task:

@@ -60,13 +60,26 @@ def _parents_json(parents: Sequence[Mapping[str, Any]]) -> str:
 
     Families grow with every generation, and each artifact repeats what all its parents know.
     """
-    text = ""
-    for depth in range(DEPTH, -1, -1):
-        kept = [_pruned(dict(parent), depth) for parent in parents]
-        text = json.dumps(kept, separators=(",", ":"), ensure_ascii=False)
-        if len(text) <= LARGEST:
-            break
-    return text
+    depth, left = 0, LARGEST
+    generation: list[dict[str, Any]] = [dict(parent) for parent in parents]
+    while generation and depth <= DEPTH:
+        for record in generation:
+            # With an empty list of parents and a comma: never less than what it takes.
+            left -= len(_json(_pruned(record, 0))) + len(',"parents":[],')
+            if left < 2:
+                return _json([_pruned(dict(parent), max(depth - 1, 0)) for parent in parents])
+        generation = [parent for record in generation for parent in _own(record)]
+        depth += 1
+    return _json([_pruned(dict(parent), DEPTH) for parent in parents])
+
+
+def _own(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    parents = record.get("parents")
+    return [parent for parent in parents if isinstance(parent, dict)] if isinstance(parents, list) else []
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def _pruned(record: dict[str, Any], depth: int) -> dict[str, Any]:

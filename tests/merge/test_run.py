@@ -242,7 +242,7 @@ def test_an_output_may_have_a_name_that_is_no_text(here):
 
 def test_lineages_do_not_grow_without_end(here):
     lines, parents = [], []
-    for _ in range(12):
+    for _ in range(7):
         parents = [lineage.parent_record(f"m{n}", f"{n:032x}", {}) | {"parents": parents} for n in range(6)]
         entries = lineage.metadata("model", method="linear", recipe="{}", parents=parents, digest="0" * 32)
         lines.append(len(entries["graftwork.parents"]))

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import SGD, Adam, Optimizer
 
 from graftwork.merge.task import Task
 
@@ -50,7 +51,7 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """A stem and two residual blocks with BatchNorm."""
+    """A stem and two residual blocks with BatchNorm, on images of 8 × 8 pixels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,6 +64,23 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(x)))
         result: Tensor = self.fc(self.layer2(self.layer1(x)).mean((2, 3)))
+        return result
+
+
+class LeNet(nn.Module):
+    """The network of the LeNet checkpoints: 3 × 32 × 32 pixels in [−1, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 20, 5)
+        self.conv2 = nn.Conv2d(20, 50, 5)
+        self.fc1 = nn.Linear(1250, 500)
+        self.fc2 = nn.Linear(500, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(torch.max_pool2d(self.conv1(x), 2))
+        x = torch.relu(torch.max_pool2d(self.conv2(x), 2))
+        result: Tensor = self.fc2(torch.relu(self.fc1(x.flatten(1))))
         return result
 
 
@@ -89,26 +107,29 @@ def digits_task(model: Callable[[], nn.Module]) -> Task:
     )
 
 
-def perceptron(width: int, seed: int) -> Model:
-    return _trained(lambda: Perceptron(width), seed, 60, lambda module: torch.optim.Adam(module.parameters(), lr=1e-3))
-
-
-def residual(width: int, seed: int, epochs: int) -> Model:
-    return _trained(
-        lambda: Residual(width),
-        seed,
-        epochs,
-        lambda module: torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
+def perceptron(width: int, seed: int, epochs: int = 30, rate: float = 3e-3) -> Model:
+    return trained(
+        lambda: Perceptron(width), seed, epochs, lambda module: Adam(module.parameters(), lr=rate, fused=True)
     )
 
 
-def _trained(
-    model: Callable[[], nn.Module], seed: int, epochs: int, optimized: Callable[[nn.Module], torch.optim.Optimizer]
+def residual(width: int, seed: int, epochs: int) -> Model:
+    return trained(
+        lambda: Residual(width),
+        seed,
+        epochs,
+        lambda module: SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
+    )
+
+
+def trained(
+    model: Callable[[], nn.Module], seed: int, epochs: int, optimized: Callable[[nn.Module], Optimizer]
 ) -> Model:
+    """Return the weights of a new network after so many epochs in batches of 128, with a falling learning rate."""
     images, labels, _, _ = digits()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = model()
+        module = model().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = optimized(module)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         for _ in range(epochs):
@@ -117,4 +138,4 @@ def _trained(
                 cross_entropy(module(images[chosen]), labels[chosen]).backward()
                 optimizer.step()
             schedule.step()
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    return {name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}

@@ -21,7 +21,7 @@ from graftwork.merge.alignment.renormalize import Method, renormalize
 from graftwork.merge.alignment.spec import PermutationSpec, shapes_of
 from graftwork.merge.evaluation import evaluate
 from graftwork.merge.task import Task
-from tests.merge.alignment.networks import Model, Perceptron, Residual, digits_task, perceptron, residual
+from tests.merge.alignment.networks import LeNet, Model, Perceptron, Residual, digits_task, perceptron, residual
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 
@@ -32,14 +32,16 @@ class Pair(NamedTuple):
     a: Model
     b: Model
     aligned: Model
+    ratio: float
     analysis: Analysis | None = None
 
 
 def pair(task: Task, a: Model, b: Model, *, analysed: bool = False) -> Pair:
     spec = family_spec(shapes_of(a))
-    permutation = match_weights(spec, a, b).permutation
-    analysis = analyse(spec, a, b, permutation) if analysed else None
-    return Pair(task, spec, a, b, apply_permutation(spec, permutation, b), analysis)
+    matching = match_weights(spec, a, b)
+    analysis = analyse(spec, a, b, matching.permutation) if analysed else None
+    aligned = apply_permutation(spec, matching.permutation, b)
+    return Pair(task, spec, a, b, aligned, matching.distance_ratio, analysis)
 
 
 def curve(pair: Pair, other: Model) -> Curve:
@@ -66,7 +68,8 @@ def perceptrons() -> Pair:
 
 def test_the_barrier_vanishes_though_models_come_hardly_nearer(perceptrons: Pair) -> None:
     assert perceptrons.analysis is not None
-    assert 0.7 < perceptrons.analysis.ratio < 0.8
+    assert perceptrons.analysis.ratio == pytest.approx(perceptrons.ratio, abs=1e-6)
+    assert 0.7 < perceptrons.ratio < 0.8
     naive, aligned = curve(perceptrons, perceptrons.b).loss, curve(perceptrons, perceptrons.aligned).loss
     assert naive.height > 1
     assert aligned.height < 0.09
@@ -121,7 +124,7 @@ def test_three_models_are_connected_after_two_were_matched_to_the_first(perceptr
 def test_at_width_512_the_barrier_is_almost_nothing() -> None:
     wide = pair(digits_task(partial(Perceptron, 512)), perceptron(512, 0), perceptron(512, 1), analysed=True)
     assert wide.analysis is not None
-    assert 0.83 <= wide.analysis.ratio <= 0.84
+    assert 0.8 <= wide.ratio <= 0.836
     assert wide.analysis.agreement_before.directions[0.9] < 0.1
     assert wide.analysis.agreement_after.directions[0.9] >= 0.5
     (train, test), (train_naive, test_naive) = (
@@ -136,40 +139,19 @@ def test_at_width_512_the_barrier_is_almost_nothing() -> None:
 # --- BatchNorm --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_batch_norm_needs_both_matching_and_new_statistics() -> None:
-    small = pair(digits_task(partial(Residual, 16)), residual(16, 0, 8), residual(16, 1, 8))
-    assert midpoint(small, small.aligned) < 0.45
-    assert midpoint(small, small.b, "bn") < 0.5
-    assert midpoint(small, small.aligned, "bn") > 0.65
-    assert midpoint(small, small.aligned, "repair") > 0.65
+    wide = pair(digits_task(partial(Residual, 32)), residual(32, 0, 7), residual(32, 1, 7))
+    assert midpoint(wide, wide.aligned) < 0.45
+    assert midpoint(wide, wide.b, "bn") <= 0.5
+    assert midpoint(wide, wide.aligned, "bn") >= 0.93
+    assert midpoint(wide, wide.aligned, "repair") >= 0.93
     # The re-ordered model itself is as good as before: running statistics moved with their channels.
-    accuracies = [found.accuracy for found in evaluate({"b": small.b, "aligned": small.aligned}, [small.task])]
+    accuracies = [found.accuracy for found in evaluate({"b": wide.b, "aligned": wide.aligned}, [wide.task])]
     assert accuracies[0] == accuracies[1]
 
 
-@pytest.mark.slow
-def test_wide_residual_networks_are_connected_after_matching_and_new_statistics() -> None:
-    wide = pair(digits_task(partial(Residual, 32)), residual(32, 0, 25), residual(32, 1, 25))
-    assert midpoint(wide, wide.aligned, "bn") >= 0.93
-    assert midpoint(wide, wide.b, "bn") <= 0.65
-
-
 # --- networks of others -----------------------------------------------------------------------------------------------
-
-
-class LeNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 20, 5)
-        self.conv2 = nn.Conv2d(20, 50, 5)
-        self.fc1 = nn.Linear(1250, 500)
-        self.fc2 = nn.Linear(500, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(torch.max_pool2d(self.conv1(x), 2))
-        x = torch.relu(torch.max_pool2d(self.conv2(x), 2))
-        result: Tensor = self.fc2(torch.relu(self.fc1(x.flatten(1))))
-        return result
 
 
 def lenets(name: str, files: str, examples: int) -> Pair:
@@ -184,7 +166,7 @@ def lenets(name: str, files: str, examples: int) -> Pair:
     train, test = prepared("train"), prepared("test")
     task = Task(name, LeNet, lambda: [train], test=lambda: list(zip(*(part.split(250) for part in test), strict=True)))
     a, b = (load_file(DATA / "checkpoints" / "digits_lenet" / f"{files}_{letter}.safetensors") for letter in "ab")
-    return pair(task, a, b, analysed=True)
+    return pair(task, a, b)
 
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real networks and digits are not in ../shared/data")
@@ -192,27 +174,14 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real networks and
 
 @needs_data
 @pytest.mark.parametrize(
-    ("name", "files", "highest_naive", "least"), [("mnist", "mnist", 0.7, 0.98), ("svhn_gray", "svhn", 0.4, 0.88)]
+    ("name", "files", "highest_naive", "matched", "repaired"),
+    [("mnist", "mnist", 0.7, 0.985, 0.985), ("svhn_gray", "svhn", 0.4, 0.89, 0.91)],
 )
 def test_the_mean_of_two_strangers_networks_works_after_matching(
-    name: str, files: str, highest_naive: float, least: float
+    name: str, files: str, highest_naive: float, matched: float, repaired: float
 ) -> None:
-    strangers = lenets(name, files, 400)
-    assert strangers.analysis is not None
-    assert strangers.analysis.ratio <= 0.875
+    strangers = lenets(name, files, 1000)
+    assert strangers.ratio <= 0.875
     assert midpoint(strangers, strangers.b) < highest_naive
-    assert midpoint(strangers, strangers.aligned) >= least
-    assert midpoint(strangers, strangers.aligned, "repair") >= least
-
-
-@needs_data
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "files", "matched", "repaired"), [("mnist", "mnist", 0.985, 0.985), ("svhn_gray", "svhn", 0.89, 0.91)]
-)
-def test_the_mean_of_two_strangers_networks_on_all_test_images(
-    name: str, files: str, matched: float, repaired: float
-) -> None:
-    strangers = lenets(name, files, 2000)
     assert midpoint(strangers, strangers.aligned) >= matched
     assert midpoint(strangers, strangers.aligned, "repair") >= repaired
