@@ -744,16 +744,15 @@ class Strategy:
                 held = list(checkpoint.tensors)
             wanted = [name for name in held if not self.operator.owns(name)] if names is None else list(names)
             if sorted(wanted) == sorted(held) and (mean or self.operator.is_plain):
-                base = {
-                    name: messages.raw_of(self.server.shared[name]) for name in wanted if name in self.server.shared
-                }
-                return aggregation.merge_files(files, base, weights, wanted, averaged=self._is_averaged)
+                return aggregation.merge_files(
+                    files, self._sent(wanted), weights, wanted, averaged=self._is_averaged
+                )
         raws = [_raws(reply) for reply in replies]
         wanted = sorted(name for name in raws[0] if not self.operator.owns(name)) if names is None else list(names)
         wanted = [name for name in wanted if messages.is_float(raws[0][name][0])]
         if not wanted:
             return {}
-        base = {name: messages.raw_of(self.server.shared[name]) for name in wanted if name in self.server.shared}
+        base = self._sent(wanted)
         if not mean and not self.operator.is_plain:
             used = [number for number, weight in enumerate(weights) if weight > 0]
             if not used:
@@ -772,6 +771,12 @@ class Strategy:
         return aggregation.merge(
             [{name: raw[name] for name in wanted} for raw in raws], base, weights, averaged=self._is_averaged
         )
+
+    def _sent(self, names: Iterable[str]) -> dict[str, Raw] | None:
+        """Return what the sites started from; None if each had a start of its own."""
+        if not self.algorithm.has_common_start:
+            return None
+        return {name: messages.raw_of(self.server.shared[name]) for name in names if name in self.server.shared}
 
     def _is_averaged(self, name: str) -> bool:
         """Return whether a tensor is averaged whatever the aggregation: statistics, and what is no model."""

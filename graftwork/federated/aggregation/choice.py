@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftwork.federated.aggregation import robust
+from graftwork.federated.aggregation import engine, robust
 from graftwork.federated.aggregation.mean import file_mean, means, read_raw
+from graftwork.federated.aggregation.options import Option, chosen, others, problems
 from graftwork.federated.errors import FederationError
-from graftwork.federated.messages import tensor_of
 from graftwork.merge.checkpoint import Checkpoint, listed, quoted
-from graftwork.merge.errors import RecipeError, did_you_mean
-from graftwork.merge.memory import merge_arrays, program_of
+from graftwork.merge.errors import did_you_mean
 from graftwork.merge.methods import registry
 
 if TYPE_CHECKING:
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
     from graftwork.federated.messages import Raw
 
 OWN_METHODS = ("mean", *robust.PARAMETERS)
+ALIASES: Mapping[str, str] = {"concrete": "concrete_task_arithmetic"}
+
+COMMON: Mapping[str, Option] = {"recalibrate": Option(None, int, 0)}
+"""Parameters of every aggregation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,8 @@ class Aggregation:
     """How replies become one model.
 
     Args:
-        method: `mean`, `median`, `trimmed_mean`, `krum`, or a method of the engine.
-        parameters: Its parameters by the names that recipes use.
+        method: `mean`, `median`, `trimmed_mean`, `krum`, `permutation`, or a method of the engine.
+        parameters: Its parameters by the names that recipes use, and those of `COMMON`.
     """
 
     method: str = "mean"
@@ -54,74 +57,56 @@ class Aggregation:
                 given[key.strip()] = json.loads(value)
             except ValueError:
                 given[key.strip()] = value
-        chosen = cls(name, given)
-        chosen.check()
-        return chosen
+        found = cls(ALIASES.get(name, name), given)
+        found.check()
+        return found
 
     def check(self) -> None:
         """Raise what is wrong with method and parameters before anything is trained."""
-        doing = f"cannot aggregate by {quoted(self.method)}"
-        if self.method in OWN_METHODS:
-            known = robust.PARAMETERS.get(self.method, {})
-            for key, value in self.parameters.items():
-                if key not in known:
-                    hint = did_you_mean(key, known) or f"; it has {listed(known) or 'none'}"
-                    raise FederationError(f"{doing}: it has no parameter {quoted(key)}{hint}")
-                if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-                    raise FederationError(f"{doing}: {key} is {value!r}, not a number of at least 0")
-            problem = robust.problem(self.method, self._own())
-            if problem:
-                raise FederationError(f"{doing}: {problem}")
-            return
-        try:
-            method = registry.get(self.method)
-        except RecipeError:
-            known_names = [*OWN_METHODS, *registry.names()]
-            raise FederationError(
-                f"{doing}: there is no such method{did_you_mean(self.method, known_names)}; see graftwork methods"
-            ) from None
-        if method.maximum_models is not None:
-            raise FederationError(
-                f"{doing}: it takes at most {method.maximum_models} besides a base; a round has one per client"
-            )
-        if method.companions is not None:
-            raise FederationError(f"{doing}: it reads files beside each model, which replies do not have")
-        try:
-            program_of(method, 2, self._with_weights(method, [1.0, 1.0]))
-        except RecipeError as error:
-            raise FederationError(*(f"{doing}: {problem}" for problem in error.problems)) from None
+        from graftwork.federated.aggregation.operator import operator_class
+
+        operator = operator_class(self.method)
+        found = [
+            *problems({**COMMON, **operator.options}, self.parameters),
+            *operator.problems_of(self),
+        ]
+        if found:
+            raise FederationError(*(f"cannot aggregate by {quoted(self.method)}: {problem}" for problem in found))
+
+    def values(self, options: Mapping[str, Option]) -> dict[str, Any]:
+        """Return the values of an operator's options."""
+        return chosen(options, self.parameters)
+
+    def without(self, options: Mapping[str, Option]) -> Aggregation:
+        """Return the same without an operator's options and without what is common to all."""
+        return Aggregation(self.method, others({**COMMON, **options}, self.parameters))
 
     def record(self) -> dict[str, Any]:
         """Return it for JSON."""
         return {"method": self.method, "parameters": dict(self.parameters)}
 
-    def _own(self) -> dict[str, float]:
-        return {**robust.PARAMETERS.get(self.method, {}), **self.parameters}
-
-    def _with_weights(self, method: registry.Method, weights: Sequence[float]) -> dict[str, Any]:
-        """Return parameters with the clients' weights, scaled so that their mean is 1 (an equal client weighs 1)."""
-        parameters = dict(self.parameters)
-        if "weight" in method.parameters and "weight" not in parameters:
-            mean = sum(weights) / len(weights)
-            parameters["weight"] = [weight / mean for weight in weights]
-        return parameters
-
     def merge(
         self,
         replies: Sequence[Mapping[str, Raw]],
-        base: Mapping[str, Raw],
+        base: Mapping[str, Raw] | None,
         weights: Sequence[float],
         *,
         averaged: Callable[[str], bool] = lambda name: False,
+        statistics: Mapping[str, Sequence[Mapping[str, Raw]]] | None = None,
+        shared: Mapping[str, Mapping[str, Raw]] | None = None,
+        metadata: Mapping[str, Mapping[str, str]] | None = None,
         threads: int = 1,
     ) -> dict[str, Tensor]:
         """Return the aggregate of replies that are in memory.
 
         Args:
             replies: Raw words by name, the same names in each, in the order of the sites.
-            base: What the sites were sent, by the same names.
+            base: What the sites were sent, by the same names; None if they had no common start.
             weights: One per reply, not negative, not all 0. Robust methods count every reply of positive weight once.
             averaged: Names for which the mean is taken whatever the method.
+            statistics: What was measured on the models, see `merge_arrays`; then all weights are above 0.
+            shared: What was learned for all of them.
+            metadata: What the file of a kind would have in its header.
             threads: CPU threads; the result does not depend on them.
 
         Raises:
@@ -138,26 +123,17 @@ class Aggregation:
         if not rest:
             return merged
         if self.method in OWN_METHODS:
-            return merged | robust.merge(self.method, self._own(), kept, rest, shares)
-        method = registry.get(self.method)
-        if len(kept) < method.minimum_models:
-            raise FederationError(
-                f"cannot aggregate by {quoted(self.method)}: it takes at least {method.minimum_models} models, and "
-                f"{len(kept)} answered"
-            )
-        words = merge_arrays(
-            self.method,
-            [{name: reply[name] for name in rest} for reply in kept],
-            {name: base[name] for name in rest} if method.base != "ignored" else None,
-            parameters=self._with_weights(method, shares),
-            threads=threads,
-        )
-        return merged | {name: tensor_of((base[name][0], words[name])) for name in rest}
+            return merged | robust.merge(self.method, _robust_values(self), kept, rest, shares)
+        held = [{name: reply[name] for name in rest} for reply in kept]
+        return merged | engine.merge(
+            self.method, others(COMMON, self.parameters), held, base, shares,
+            statistics=statistics, shared=shared, metadata=metadata, threads=threads,
+        )  # fmt: skip
 
     def merge_files(
         self,
         files: Sequence[Path],
-        base: Mapping[str, Raw],
+        base: Mapping[str, Raw] | None,
         weights: Sequence[float],
         names: Sequence[str],
         *,
@@ -176,12 +152,14 @@ class Aggregation:
             return file_mean([file for file, _ in used], [weight for _, weight in used], names)
         opened = [Checkpoint.open(file) for file, _ in used]
         try:
-            together = self.method == "krum" or _is_joint(self)
+            together = self.method == "krum" or (
+                self.method not in OWN_METHODS and engine.is_joint(self.method, self.parameters)
+            )
             groups = [list(names)] if together else [[name] for name in names]
             merged: dict[str, Tensor] = {}
             for group in groups:
                 replies = [{name: read_raw(checkpoint, name) for name in group} for checkpoint in opened]
-                part = {name: base[name] for name in group if name in base}
+                part = None if base is None else {name: base[name] for name in group if name in base}
                 shares = [weight for _, weight in used]
                 merged |= self.merge(replies, part, shares, averaged=averaged, threads=threads)
             return merged
@@ -190,11 +168,28 @@ class Aggregation:
                 checkpoint.close()
 
 
-def _is_joint(aggregation: Aggregation) -> bool:
-    if aggregation.method in OWN_METHODS:
-        return False
-    method = registry.get(aggregation.method)
-    scope = aggregation.parameters.get(
-        "scope", method.parameters["scope"].default if "scope" in method.parameters else "tensor"
-    )
-    return bool(scope == "model")
+def plain_problems(method: str, parameters: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a method that needs nothing but replies, or with its parameters."""
+    if method in OWN_METHODS:
+        known = robust.PARAMETERS.get(method, {})
+        found = []
+        for key, value in parameters.items():
+            if key not in known:
+                hint = did_you_mean(key, known) or f"; it has {listed(known) or 'none'}"
+                found.append(f"it has no parameter {quoted(key)}{hint}")
+            elif not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+                found.append(f"{key} is {value!r}, not a number of at least 0")
+        problem = None if found else robust.problem(method, {**known, **parameters})
+        return [*found, problem] if problem else found
+    if method not in registry.names():
+        from graftwork.federated.aggregation.operator import names
+
+        known_names = [*OWN_METHODS, *names(), *registry.names()]
+        return [f"there is no such method{did_you_mean(method, known_names)}; see graftwork methods"]
+    if registry.get(method).companions is not None:
+        return ["it reads files beside each model, which replies do not have"]
+    return list(engine.problems(method, parameters))
+
+
+def _robust_values(aggregation: Aggregation) -> dict[str, float]:
+    return {**robust.PARAMETERS[aggregation.method], **others(COMMON, aggregation.parameters)}

@@ -19,6 +19,7 @@ _HOMES = {
     "fedbn": "fedbn.FedBN",
     "scaffold": "scaffold.Scaffold",
     "local": "local.Local",
+    "one-shot": "local.OneShot",
     "fedadam": "flower.FedAdam",
     "fedyogi": "flower.FedYogi",
     "fedadagrad": "flower.FedAdagrad",

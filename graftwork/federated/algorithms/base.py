@@ -545,6 +545,8 @@ class Algorithm:
             test data, and the global model alone is not usable.
         has_private_state: Whether clients keep anything; what Ray cannot resume.
         needs_server_data: Whether the server must have unlabelled inputs.
+        merges_models: Whether replies are merged as `--aggregate` says.
+        has_common_start: Whether sites train the model that they were sent, so that their changes can be compared.
     """
 
     name: ClassVar[str] = ""
@@ -555,6 +557,8 @@ class Algorithm:
     is_personal: ClassVar[bool] = False
     has_private_state: ClassVar[bool] = False
     needs_server_data: ClassVar[bool] = False
+    merges_models: ClassVar[bool] = True
+    has_common_start: bool = True
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings: Any = settings if settings is not None else self.settings_type()

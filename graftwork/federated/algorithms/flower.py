@@ -38,6 +38,7 @@ class Wrapped(FedAvg):
 
     name = "flower"
     title = "A Flower strategy"
+    merges_models = False
 
     def __init__(self, settings: Settings | None = None, make: Callable[[], Strategy] | None = None) -> None:
         super().__init__(settings)
