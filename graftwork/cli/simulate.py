@@ -49,8 +49,17 @@ def simulate(
     participation: Annotated[float, typer.Option("--participation", help="Share of the sites asked per round.")] = 1.0,
     aggregate: Annotated[
         str,
-        typer.Option("--aggregate", help="mean, median, trimmed_mean, krum, or a merge method: ties:density=0.3."),
+        typer.Option(
+            "--aggregate",
+            help="mean, median, trimmed_mean, krum, or a merge method: ties:density=0.3, fisher, regmean, permutation.",
+        ),
     ] = "mean",
+    one_shot: Annotated[
+        bool, typer.Option("--one-shot", help="Sites train alone, each from a start of its own; one merge.")
+    ] = False,
+    spec: Annotated[
+        Path | None, typer.Option("--spec", help="For --aggregate permutation: which units may be re-ordered (JSON).")
+    ] = None,
     exchange: Annotated[
         list[str] | None, typer.Option("--exchange", help="Only tensors of such names travel: 'head.*'. Repeatable.")
     ] = None,
@@ -89,6 +98,20 @@ def simulate(
         if not equals or not key:
             raise usage_error(f"--set {item}: write it as KEY=VALUE")
         given[key.strip()] = value.strip()
+    if one_shot:
+        if algorithm not in ("fedavg", "local", "one-shot"):
+            raise usage_error(f"--one-shot is local training and one merge; leave out --algorithm {algorithm}")
+        if rounds not in (None, 1):
+            raise usage_error(f"--one-shot has one round; leave out --rounds {rounds}")
+        algorithm = "one-shot"
+    if algorithm == "one-shot" and init is not None and given.get("starts") != "common":
+        raise usage_error("--init gives all sites the same start; add --set starts=common")
+    if spec is not None:
+        if aggregate.partition(":")[0] != "permutation":
+            raise usage_error("--spec goes with --aggregate permutation")
+        if "," in str(spec):
+            raise usage_error(f"--spec {spec}: the name of the file has a comma; give it another name")
+        aggregate += f"{',' if ':' in aggregate else ':'}spec={spec}"
     with readable_errors():
         _need_flower()
         from graftwork.federated.algorithms import create
@@ -112,7 +135,7 @@ def simulate(
                 FederationSpec(name, seed, None if data is None else str(data), target, partition, options),
                 algorithm=algorithm,
                 settings={key: value for key, value in given.items() if not key.startswith("data.")},
-                rounds=rounds or 10,
+                rounds=rounds or (1 if algorithm == "one-shot" else 10),
                 participation=participation,
                 quorum=quorum,
                 on_quorum=on_quorum,

@@ -37,7 +37,8 @@ def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) ->
 
 
 def test_every_algorithm_is_in_the_table_of_these_tests() -> None:
-    assert set(names()) <= set(ALGORITHMS)
+    # A one-shot federation has one round and no common start; see test_operators.
+    assert set(names()) - {"one-shot"} <= set(ALGORITHMS)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
