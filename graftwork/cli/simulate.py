@@ -222,6 +222,7 @@ def _print(outcome: Outcome, place: Path | None) -> None:
         rows += [
             ("judged on", summary["judged_on"]),
             ("accuracy", _percent(summary["accuracy"])),
+            *_alone(outcome),
             (f"mean of last {last['rounds']}", _percent(last["accuracy"])),
         ]
         if "accuracy_adapted" in last:
@@ -230,6 +231,15 @@ def _print(outcome: Outcome, place: Path | None) -> None:
     if place is not None:
         rows += [("run", str(place)), ("report", str(place / "report.html"))]
     print_table(rows)
+
+
+def _alone(outcome: Outcome) -> list[tuple[str, str]]:
+    """Return how good the sites' models are that were merged once."""
+    found = outcome.lines[-1].get("algorithm", {}) if outcome.lines else {}
+    if "accuracy_alone" not in found:
+        return []
+    best = _percent(found["accuracy_of_best_alone"])
+    return [("sites alone", f"{_percent(found['accuracy_alone'])} (mean; best {best})")]
 
 
 def _percent(value: float) -> str:
