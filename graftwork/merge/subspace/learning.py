@@ -311,6 +311,8 @@ def learn_merge(
     state: Path | str | None = None,
     save_every: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    teachers: Sequence[Source] | None = None,
+    logits: Mapping[str, Tensor] | None = None,
     **changes: Any,
 ) -> LearnedMerge:
     """Learn to merge experts on the unlabelled inputs of their tasks.
@@ -328,6 +330,8 @@ def learn_merge(
         state: Where an unfinished run is kept; one that is there already is continued. None to keep nothing.
         save_every: Steps between two states; by default once a minute.
         progress: Called after each step.
+        teachers: Models whose predictions take the place of the experts'; one per task. Then there may be one expert.
+        logits: The mask's logits at the start, by name; by default zeros. Not together with a state.
         **changes: Settings by name; see `Learning`.
 
     Raises:
@@ -340,11 +344,15 @@ def learn_merge(
             [f"{name}: there is no such setting{did_you_mean(name, Learning.__dataclass_fields__)}" for name in unknown]
         )
     chosen = replace(settings or Learning(), **changes)
+    if state is not None and (teachers is not None or logits is not None):
+        raise RecipeError("state: an unfinished run is not kept where teachers or logits are given")
     with contextlib.ExitStack() as stack:
         models = _models([base, *experts], labels, stack)
         inputs = [collect(task, batch=chosen.batch, seed=chosen.seed, examples=chosen.examples) for task in tasks]
-        network = connect(models[0], models[1:], tasks, inputs, chosen.exclude)
+        others = None if teachers is None else _models(teachers, ["a teacher"] * len(teachers), stack)
+        network = connect(models[0], models[1:], tasks, inputs, chosen.exclude, others)
         run = _Run(models[0], models[1:], network, chosen, None if state is None else Path(state), save_every)
+        run.start_at(logits or {})
         return run.learn(progress)
 
 
@@ -437,6 +445,12 @@ class _Run:
         zeros = [torch.zeros_like(start) for _ in range(4)] if settings.has_mask else []
         mask = _Mask(zeros[0], zeros[1], zeros[2], zeros[3]) if zeros else None
         return _Merged(name, self.network.parameters[name], start, combined, vectors, mask)
+
+    def start_at(self, logits: Mapping[str, Tensor]) -> None:
+        """Begin with these logits of the mask."""
+        for tensor in self.tensors:
+            if tensor.mask is not None and tensor.name in logits:
+                tensor.mask.logits.copy_(logits[tensor.name].reshape(-1))
 
     # ------------------------------------------------------------ the loop
 

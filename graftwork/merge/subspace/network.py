@@ -187,18 +187,23 @@ class Network:
 
 
 def connect(
-    base: Model, experts: Sequence[Model], tasks: Sequence[Task], inputs: Sequence[Inputs], exclude: Sequence[str]
+    base: Model,
+    experts: Sequence[Model],
+    tasks: Sequence[Task],
+    inputs: Sequence[Inputs],
+    exclude: Sequence[str],
+    teachers: Sequence[Model] | None = None,
 ) -> Network:
     """Return the network of all tasks, and run every expert once over its inputs.
 
     Merged are the floating-point parameters that base and experts have in common and in which an expert differs from
     the base. What `exclude` names stays each expert's own, which is how heads are kept. Floating-point buffers, such as
-    BatchNorm's statistics, become the mean of the experts'.
+    BatchNorm's statistics, become the mean of the experts'. Teachers, if there are any, predict in the experts' place.
 
     Raises:
         GraftworkError: Models and tasks do not fit each other.
     """
-    _check_experts(base, experts, tasks)
+    _check_experts(base, experts, tasks, 2 if teachers is None else 1)
 
     def is_private(name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in exclude)
@@ -221,7 +226,8 @@ def connect(
     for number, (task, model) in enumerate(zip(tasks, experts, strict=True)):
         module = fit(task, model.source, name=model.label).float().eval().requires_grad_(False)
         network.modules.append(module)
-        network.expert.append(_expert_predictions(task, module, inputs[number]))
+        teacher = module if teachers is None else fit(task, teachers[number].source).float().eval()
+        network.expert.append(_expert_predictions(task, teacher, inputs[number]))
         parameters = dict(module.named_parameters(remove_duplicate=False))
         if number == 0:
             first_name: dict[int, str] = {}
@@ -254,8 +260,8 @@ def connect(
     return network
 
 
-def _check_experts(base: Model, experts: Sequence[Model], tasks: Sequence[Task]) -> None:
-    if len(experts) < 2:
+def _check_experts(base: Model, experts: Sequence[Model], tasks: Sequence[Task], least: int) -> None:
+    if len(experts) < least:
         label = quoted(experts[0].label) if experts else "none"
         raise MismatchError(
             f"cannot learn to merge: there is one expert ({label}), so there is nothing to learn; name two"
