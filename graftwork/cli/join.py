@@ -38,6 +38,10 @@ def join(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the algorithm of --explain. Repeatable."),
     ] = None,
+    aggregate: Annotated[
+        str, typer.Option("--aggregate", help="How the server aggregates, for --explain: some ways ask for statistics.")
+    ] = "mean",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show everything that Flower says.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object per line, for machines.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what --check and --explain find as JSON.")] = False,
 ) -> None:
@@ -53,7 +57,7 @@ def join(
 
         _need_flower()
         if explain:
-            _explain(keys, data, algorithm, _settings(settings or []), as_json)
+            _explain(keys, data, algorithm, _settings(settings or []), aggregate, as_json)
             return
         from graftwork.federated.preflight import all_checks
 
@@ -79,13 +83,16 @@ def join(
             data.absolute(),
             place if place is not None else default_state(found_keys.site),
             site.deterministic,
+            verbose,
         )
         say = _teller(found_keys.site, json_logs)
         say("joining", f"joining {address} as {found_keys.site}: {site.task.name} on {site.device}; Ctrl-C stops it")
         supervise(joining, say)
 
 
-def _explain(keys: Path, data: Path, algorithm: str | None, settings: dict[str, str], as_json: bool) -> None:
+def _explain(
+    keys: Path, data: Path, algorithm: str | None, settings: dict[str, str], aggregate: str, as_json: bool
+) -> None:
     from graftwork.federated.errors import FederationError
     from graftwork.federated.explain import explain
     from graftwork.federated.preflight import check_keys
@@ -96,7 +103,7 @@ def _explain(keys: Path, data: Path, algorithm: str | None, settings: dict[str, 
         raise FederationError(*(f"{each.name}: {each.text}" for each in checks if each.found == "wrong"))
     site = load_site(data, found.site)
     names = [algorithm] if algorithm else list(site.algorithms) or ["fedavg"]
-    explanations = [explain(site, name, settings) for name in names]
+    explanations = [explain(site, name, settings, aggregate=aggregate) for name in names]
     if as_json:
         print_json([asdict(each) for each in explanations])
         return

@@ -89,13 +89,16 @@ class Explanation:
         return tuple(sorted(names))
 
 
-def explain(site: Site, algorithm: str, settings: Mapping[str, Any] | None = None) -> Explanation:
+def explain(
+    site: Site, algorithm: str, settings: Mapping[str, Any] | None = None, *, aggregate: str = "mean"
+) -> Explanation:
     """Return what would leave a site if it took part in an algorithm.
 
     Args:
         site: The site, with its task.
         algorithm: An algorithm or a preset.
         settings: Its settings, as the server would have them.
+        aggregate: How the server aggregates; some ways ask the sites for statistics.
 
     Raises:
         GraftworkError: The site takes no part in it, or cannot.
@@ -110,7 +113,13 @@ def explain(site: Site, algorithm: str, settings: Mapping[str, Any] | None = Non
     site.refuse_algorithm(algorithm)
     chosen = {"local_steps": 1, **(settings or {})}
     experiment = Experiment(
-        FederationSpec("explain"), algorithm=algorithm, settings=chosen, rounds=1, init=site.init, outlier=0.0
+        FederationSpec("explain"),
+        algorithm=algorithm,
+        settings=chosen,
+        rounds=1,
+        aggregate=aggregate,
+        init=site.init,
+        outlier=0.0,
     )
     federation = Federation("explain", {site.site: site.task}, _server_task(site, algorithm))
     seen: list[tuple[str, Message]] = []

@@ -301,8 +301,7 @@ def _contradictions(values: Mapping[str, Any], *, known_wrong: bool) -> list[str
         problems.append(f"site is {quoted(values['site'])}; use letters, digits, '.', '_', '-'")
     device = values.get("device", "auto")
     if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", device):
-        hint = did_you_mean(device, ["cpu", "cuda", "auto", "cuda:0"]) or "; write cpu, cuda, cuda:1 or auto"
-        problems.append(f"device is {quoted(device)}{hint}")
+        problems.append(f"device is {quoted(device)}; write cpu, cuda, cuda:1 or auto")
     precision = values.get("precision", "float32")
     if precision not in PRECISIONS:
         hint = did_you_mean(precision, PRECISIONS) or f"; there are {listed(PRECISIONS)}"

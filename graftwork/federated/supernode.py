@@ -51,7 +51,7 @@ ENVIRONMENT: Mapping[str, str] = {
 HOPELESS = 5
 """How often what cannot come right by itself is tried in a row."""
 
-FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
+FIRST_DELAY, LONGEST_DELAY = 1.0, 30.0
 
 STEADY_SECONDS = 60.0
 """After so long a connection, delays begin anew."""
@@ -69,6 +69,12 @@ _PR_SET_PDEATHSIG = 1
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"^(INFO|WARNING|WARN|ERROR|DEBUG|CRITICAL)\s*:\s*")
+_CHATTER = re.compile(
+    r"(Started server process|Waiting for application|FastAPI lifespan|Application (startup|shutdown)|Uvicorn running"
+    r"|Shutting down|Finished server process|Starting Flower|Start `|Receiv|Sending:|Sent successfully|\[RUN \d+\]$"
+    r"|For more information, visit|SuperNode ID)"
+)
+"""What Flower says when all is well; it is kept for the case that it ends, and told only on request."""
 _CONNECTED = re.compile(r"SuperNode ID: (\d+)")
 _EXIT_CODE = re.compile(r"Exit Code: (\d+)")
 _API_CODE = re.compile(r"\[(?:code: )?(\d{4})\]")
@@ -100,6 +106,7 @@ class Joining:
         site_file: Its `site.toml`.
         state: The site's private state folder.
         deterministic: Whether operators have to give the same bits each time.
+        verbose: Whether to tell everything that Flower says.
     """
 
     server: str
@@ -107,6 +114,7 @@ class Joining:
     site_file: Path
     state: Path
     deterministic: bool = False
+    verbose: bool = False
 
     @property
     def private(self) -> Path:
@@ -163,7 +171,7 @@ def ending_of(lines: list[str], code: int | None) -> Ending:
 
 
 def delays(generator: random.Random | None = None) -> Iterator[float]:
-    """Yield seconds to wait: 1, 2, 4 … 60, each times something between 0.5 and 1.5."""
+    """Yield seconds to wait: 1, 2, 4 … 30, each times something between 0.5 and 1.5."""
     chance = generator if generator is not None else random.Random()
     seconds = FIRST_DELAY
     while True:
@@ -250,6 +258,7 @@ class SuperNode:
     def _read(self) -> None:
         stream: IO[str] | None = self._process.stdout
         assert stream is not None
+        is_quiet = not self.joining.verbose
         with stream:
             for raw in stream:
                 line = _COLOURS.sub("", raw).rstrip()
@@ -260,6 +269,8 @@ class SuperNode:
                 self.lines.append(line)
                 if _CONNECTED.search(line) and self.connected_at is None:
                     self.connected_at = time.monotonic()
+                if is_quiet and _CHATTER.match(line):
+                    continue
                 self.tell("flower", line, is_problem=level is not None and level[1] in ("ERROR", "CRITICAL"))
 
 
