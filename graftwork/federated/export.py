@@ -132,10 +132,14 @@ def _round_number(folder: RunFolder, wanted: str) -> int:
         raise FederationError(f"{doing}: write best, last, or a number{did_you_mean(wanted, (BEST, LAST))}")
     if number not in kept:
         raise FederationError(
-            f"{doing}: round {number} is not kept; {listed(kept, 20)} {'is' if len(kept) == 1 else 'are'} "
+            f"{doing}: round {number} is not kept; {_numbers(kept)} {'is' if len(kept) == 1 else 'are'} "
             "(a run keeps its best round and the newest --keep-rounds)"
         )
     return number
+
+
+def _numbers(rounds: list[int]) -> str:
+    return ", ".join(map(str, rounds))
 
 
 def _check_shared(folder: RunFolder, algorithm: Algorithm) -> None:
@@ -180,7 +184,7 @@ def _own_entries(
     if algorithm.is_personal and kept:
         raise FederationError(
             f"{doing}: its private entries are kept of {'round' if len(kept) == 1 else 'rounds'} "
-            f"{listed(kept)} only; choose such a round, which the run keeps too: {listed(folder.rounds(), 20)}"
+            f"{_numbers(kept)} only; choose such a round, which the run keeps too: {_numbers(folder.rounds())}"
         )
     if algorithm.is_personal:
         raise FederationError(f"{doing}: nothing of it is in {folder.private}; only runs on one machine keep it there")

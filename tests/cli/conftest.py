@@ -79,3 +79,22 @@ def recipe(path: Path, method: str = "linear", *, names: tuple[str, ...] = ("a",
     }
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with sites.py and a few finished runs: plain (fedavg), prox, own (fedbn), each with four sites."""
+    pytest.importorskip("flwr")
+    from tests.cli.federation import FEDERATION
+
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "sites.py").write_text(FEDERATION)
+    common = ["simulate", f"{folder / 'sites.py'}:federation", "--quiet", "--set", "learning_rate=0.3"]
+    for name, *more in (
+        ("plain", "-r", "6", "--keep-rounds", "1"),
+        ("prox", "-a", "fedprox", "--set", "mu=0.5", "-r", "3", "--keep-sites"),
+        ("own", "-a", "fedbn", "-r", "4"),
+    ):
+        result = CliRunner().invoke(app, [*common, *more, "--out", str(folder / name)])
+        assert result.exit_code == 0, result.output
+    return folder
