@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -68,6 +69,18 @@ def simulate(
         Literal["stop", "skip"], typer.Option("--on-quorum", help="If it is missed: stop the run, or skip the round.")
     ] = "stop",
     deadline: Annotated[float | None, typer.Option("--deadline", help="Seconds that a site has.")] = None,
+    ask_again: Annotated[
+        Literal["needed", "always", "never"],
+        typer.Option("--ask-again", help="Ask a lost site again: if the quorum needs it, always, or never."),
+    ] = "needed",
+    clip_norm: Annotated[
+        float, typer.Option("--clip-norm", min=0, help="Largest norm of what a site may change; 0: any.")
+    ] = 0.0,
+    noise_multiplier: Annotated[
+        float,
+        typer.Option("--noise-multiplier", min=0, help="Noise for differential privacy, per --clip-norm."),
+    ] = 0.0,
+    delta: Annotated[float, typer.Option("--delta", help="δ at which ε is told.")] = 1e-5,
     evaluate_every: Annotated[int, typer.Option("--evaluate-every", min=1, help="Rounds between evaluations.")] = 1,
     patience: Annotated[int, typer.Option("--patience", min=0, help="Stop after so many without a better one.")] = 0,
     keep_sites: Annotated[bool, typer.Option("--keep-sites", help="Keep the model that each site sent.")] = False,
@@ -83,6 +96,9 @@ def simulate(
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the algorithm, or data.KEY. Repeatable."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No lines per round.")] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Events as JSON lines on stderr instead of lines per round.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a federation on this machine."""
@@ -117,6 +133,7 @@ def simulate(
         from graftwork.federated.algorithms import create
         from graftwork.federated.domains import BUILT_IN, FederationSpec
         from graftwork.federated.errors import QuorumError
+        from graftwork.federated.log import json_lines
         from graftwork.federated.runs import Experiment, RunFolder
         from graftwork.federated.server import simulate as run
 
@@ -140,6 +157,10 @@ def simulate(
                 quorum=quorum,
                 on_quorum=on_quorum,
                 deadline=deadline,
+                ask_again=ask_again,
+                clip_norm=clip_norm,
+                noise_multiplier=noise_multiplier,
+                delta=delta,
                 aggregate=aggregate,
                 exchange=tuple(exchange or ()),
                 init=None if init is None else str(init),
@@ -156,20 +177,21 @@ def simulate(
             tell(f"the same with Flower's own command: {flwr_command(place, len(build(experiment.federation).sites))}")
 
         def show(line: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-            if not quiet:
+            if not quiet and not log_json:
                 tell(_live(line, timing, experiment))
 
         try:
-            outcome = run(
-                experiment,
-                place,
-                workers=workers,
-                backend=backend,
-                resume=resume is not None,
-                force=force,
-                observer=show,
-                tensorboard=tensorboard,
-            )
+            with json_lines() if log_json else contextlib.nullcontext():
+                outcome = run(
+                    experiment,
+                    place,
+                    workers=workers,
+                    backend=backend,
+                    resume=resume is not None,
+                    force=force,
+                    observer=show,
+                    tensorboard=tensorboard,
+                )
         except QuorumError as error:
             for problem in error.problems:
                 tell(f"error: {problem}")
@@ -201,7 +223,11 @@ def _live(line: Mapping[str, Any], timing: Mapping[str, Any], experiment: Experi
         parts.append(f"loss {line['train_loss']:.4f}")
     if isinstance(line.get("accuracy"), float):
         parts.append(f"accuracy {100 * line['accuracy']:.2f} %")
+    if "epsilon" in line:
+        parts.append(f"ε {line['epsilon']:.2f}")
     parts += [f"{timing['seconds']:.1f} s", size(timing["bytes"])]
+    if "asked_again" in timing:
+        parts.append(f"asked again: {', '.join(timing['asked_again'])}")
     failed = list(line.get("failed", {}).items())
     if failed:
         some = "; ".join(f"{site}: {reason}" for site, reason in failed[:_SHOWN_FAILURES])
@@ -228,6 +254,16 @@ def _print(outcome: Outcome, place: Path | None) -> None:
         if "accuracy_adapted" in last:
             rows.append(("with its statistics", f"{_percent(last['accuracy_adapted'])} (batch norm of the target)"))
         rows.append(("best", f"{_percent(summary['best']['accuracy'])} in round {summary['best']['round']}"))
+    private = summary.get("privacy", {})
+    if "epsilon" in private:
+        rows.append(
+            ("privacy", f"ε {private['epsilon']:.3g} at δ {private['delta']:g}, for a site's part in the models")
+        )
+    if "statistics" in private:
+        found = private["statistics"]
+        rows.append(
+            ("statistics", f"ε {found['epsilon']:.3g} at δ {found['delta']:g}, for an example; not the training")
+        )
     if place is not None:
         rows += [("run", str(place)), ("report", str(place / "report.html"))]
     print_table(rows)

@@ -15,14 +15,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from graftwork.federated import messages
-from graftwork.federated.aggregation import Aggregation
-from graftwork.federated.aggregation.operator import QUESTION, Operator, operator_of
+from graftwork.federated.aggregation.operator import QUESTION, Operator
 from graftwork.federated.algorithms import create
 from graftwork.federated.algorithms.base import Algorithm, Client, Update
 from graftwork.federated.compute import CPU
 from graftwork.federated.domains import Federation, build
 from graftwork.federated.errors import FederationError
 from graftwork.federated.examples import Examples
+from graftwork.federated.privacy import operator_for
 from graftwork.federated.runs import Experiment
 from graftwork.federated.seeds import seed_of, torch_seed
 from graftwork.merge.artifact import load_artifact, save_artifact
@@ -140,7 +140,7 @@ class Worker:
     def operator(self) -> Operator:
         """What the aggregation needs of sites besides their models."""
         if self._operator is None:
-            self._operator = operator_of(Aggregation.parse(self.experiment.aggregate))
+            self._operator = operator_for(self.experiment)
         return self._operator
 
     def prepare(self) -> None:

@@ -28,7 +28,7 @@ from flwr.serverapp import Grid
 
 from graftwork.federated import messages
 from graftwork.federated.aggregation import Aggregation
-from graftwork.federated.aggregation.operator import Round, operator_of
+from graftwork.federated.aggregation.operator import Round
 from graftwork.federated.algorithms.base import Algorithm, Form, Outgoing, Reply, Server
 from graftwork.federated.asking import LOST, NODE_UNAVAILABLE, PATIENCE_SECONDS, Losses
 from graftwork.federated.client import start_values
@@ -37,6 +37,7 @@ from graftwork.federated.errors import FederationError, QuorumError
 from graftwork.federated.log import tell, warn
 from graftwork.federated.messages import bytes_of
 from graftwork.federated.normalisation import batch_norm_names
+from graftwork.federated.privacy import epsilon, operator_for, statement
 from graftwork.federated.runs import Experiment, RunFolder, Saved
 from graftwork.federated.seeds import generator_of, seed_of, torch_seed
 from graftwork.merge.artifact import save_artifact
@@ -145,7 +146,7 @@ class Strategy:
         self.observer = observer
         self.spool_above = spool_above
         self.aggregation = Aggregation.parse(experiment.aggregate)
-        self.operator = operator_of(self.aggregation)
+        self.operator = operator_for(experiment)
         self._nodes: dict[str, int] = {}
         self._partial: Path | None = None
         self._spool: tempfile.TemporaryDirectory[str] | None = None
@@ -260,6 +261,9 @@ class Strategy:
             reply.site: {"examples": reply.examples, **_prefixed("train_", reply.metrics)} for reply in replies
         }
         line["answered"] = len(replies)
+        if experiment.noise_multiplier > 0:
+            progress["releases"] = progress.get("releases", 0) + 1
+            line["epsilon"] = epsilon(experiment.noise_multiplier, experiment.delta, progress["releases"])
         line["train_loss"] = _mean([(reply.examples, reply.metrics.get("loss")) for reply in replies])
         line["algorithm"] = self._after_round(replies)
         for name, value in server.shared.items():
@@ -290,7 +294,7 @@ class Strategy:
         if "skipped" in line:
             warn("round_skipped", round=self.server.round, reason=line["skipped"])
         else:
-            keys = ("round", "asked", "answered", "train_loss", "accuracy", "bytes")
+            keys = ("round", "asked", "answered", "train_loss", "accuracy", "epsilon", "bytes")
             tell("round_finished", **{key: line.get(key) for key in keys}, seconds=round(seconds, 3), **again)
         self.observer(line, {"seconds": seconds, "bytes": self._bytes, **again})
 
@@ -407,6 +411,9 @@ class Strategy:
             final = dict(self.algorithm.evaluate_server(self.server))
         if final:
             summary["final"] = final
+        private = statement(self.experiment, self.server, progress.get("releases", 0))
+        if private is not None:
+            summary["privacy"] = private
         return summary
 
     # --- saving -----------------------------------------------------------------------------------------------------
@@ -676,8 +683,12 @@ class Strategy:
         return folder
 
     def _reject_outliers(self, exchange: Exchange) -> None:
-        """Reject replies whose change of the model is far larger than the median change."""
-        if self.experiment.outlier <= 0 or len(exchange.replies) < 3:
+        """Reject replies whose change of the model is far larger than the median change.
+
+        With clipping nobody is rejected: it limits changes anyway, and whether one site's change counts must not depend
+        on the others if there is noise to hide it.
+        """
+        if self.experiment.outlier <= 0 or self.experiment.clip_norm > 0 or len(exchange.replies) < 3:
             return
         base = {
             name: messages.float_values(messages.raw_of(value)).reshape(-1)
@@ -744,9 +755,7 @@ class Strategy:
                 held = list(checkpoint.tensors)
             wanted = [name for name in held if not self.operator.owns(name)] if names is None else list(names)
             if sorted(wanted) == sorted(held) and (mean or self.operator.is_plain):
-                return aggregation.merge_files(
-                    files, self._sent(wanted), weights, wanted, averaged=self._is_averaged
-                )
+                return aggregation.merge_files(files, self._sent(wanted), weights, wanted, averaged=self._is_averaged)
         raws = [_raws(reply) for reply in replies]
         wanted = sorted(name for name in raws[0] if not self.operator.owns(name)) if names is None else list(names)
         wanted = [name for name in wanted if messages.is_float(raws[0][name][0])]

@@ -7,11 +7,32 @@ import json
 import os
 import pickle
 import sys
+import threading
+import time
 from pathlib import Path
+
+_WATCH_SECONDS = 0.2
+
+
+def end_with_parent() -> None:
+    """End this process soon after the one that started it.
+
+    A run that was killed may go on at once. What a worker of the killed one is still busy with must not reach the
+    sites' private state when the new one is rounds ahead.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:
-    """Work until stdin ends."""
+    """Work until stdin ends, or the process that wrote to it."""
+    end_with_parent()
     inbox = os.fdopen(os.dup(0), "rb")
     outbox = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a user's code prints must not get between the replies
