@@ -72,9 +72,10 @@ _LEVEL = re.compile(r"^(INFO|WARNING|WARN|ERROR|DEBUG|CRITICAL)\s*:\s*")
 _CHATTER = re.compile(
     r"(Started server process|Waiting for application|FastAPI lifespan|Application (startup|shutdown)|Uvicorn running"
     r"|Shutting down|Finished server process|Starting Flower|Start `|Receiv|Sending:|Sent successfully|\[RUN \d+\]$"
-    r"|For more information, visit|SuperNode ID)"
+    r"|For more information, visit|SuperNode ID|Exit Code: |Failed to initialize the connection|\[code: \d+\]"
+    r"|The SuperNode could not establish|Connection attempt|SuperNode terminated)"
 )
-"""What Flower says when all is well; it is kept for the case that it ends, and told only on request."""
+"""What Flower says when all is well, and what is told in other words; shown only on request."""
 _CONNECTED = re.compile(r"SuperNode ID: (\d+)")
 _EXIT_CODE = re.compile(r"Exit Code: (\d+)")
 _API_CODE = re.compile(r"\[(?:code: )?(\d{4})\]")
@@ -165,9 +166,10 @@ def ending_of(lines: list[str], code: int | None) -> Ending:
         return Ending(
             f"Flower ended with its code {exit_code}", is_hopeless=exit_code in {"303", "304", "600", "603", "604"}
         )
+    if code is not None and code < 0:
+        return Ending(f"the SuperNode was ended by {signal.Signals(-code).name}")
     last = next((line for line in reversed(lines) if line.strip()), "")
-    how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-    return Ending(f"the SuperNode ended with {how}{': ' + last[:200] if last else ''}")
+    return Ending(f"the SuperNode ended with exit code {code}{': ' + last[:200] if last else ''}")
 
 
 def delays(generator: random.Random | None = None) -> Iterator[float]:
