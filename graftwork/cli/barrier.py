@@ -117,7 +117,7 @@ def barrier(
     with readable_errors():
         from graftwork.merge.task import load_task
 
-        loaded = load_task(task)
+        loaded = load_task(task, checkpoint=a)
         _prepare_torch(device, threads)
         pair = _read(a, b, allow_pickle, loaded, chosen if aligned or permutation is not None else None)
         curves = _measure(loaded, pair, points, split or [Split.TEST], renormalize, device, quiet)
@@ -160,7 +160,7 @@ def lmc(
         from graftwork.merge.alignment.analysis import analyse
         from graftwork.merge.task import load_task
 
-        loaded = None if task is None else load_task(task)
+        loaded = None if task is None else load_task(task, checkpoint=a)
         _prepare_torch(device, threads)
         pair = _read(a, b, allow_pickle, loaded, chosen)
         assert pair.spec is not None

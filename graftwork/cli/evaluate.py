@@ -27,7 +27,9 @@ def evaluate(
     checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints of the tasks' model.")],
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", "-t", metavar="SPEC", help="file.py:name or package.module:name. Repeatable."),
+        typer.Option(
+            "--task", "-t", metavar="SPEC", help="file.py:name, package.module:name or hf:KIND,data=…; repeatable."
+        ),
     ] = None,
     split: Annotated[
         Split, typer.Option("--split", help="Data to judge on; the next one if a task lacks it.")
@@ -54,7 +56,7 @@ def evaluate(
         opened: dict[str, Checkpoint] = {
             str(path): stack.enter_context(Checkpoint.open(path, allow_pickle=allow_pickle)) for path in checkpoints
         }
-        tasks = [load_task(spec) for spec in task]
+        tasks = [load_task(spec, checkpoint=checkpoints[0]) for spec in task]
         _prepare_torch(device, threads)
         started = time.monotonic()
 

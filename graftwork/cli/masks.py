@@ -120,7 +120,7 @@ def masks(
         state = target.with_name(f"{target.stem}.partial.safetensors")
         if restart:
             state.unlink(missing_ok=True)
-        tasks = [load_task(spec) for spec in specs]
+        tasks = [load_task(spec, checkpoint=own.path) for spec, own in zip(specs, experts, strict=True)]
         started = time.monotonic()
         with _Steps(settings.total_steps, shown=not quiet, what="learning") as bar:
             learned = learn_merge(base, experts, tasks, settings=settings, state=state, progress=bar.see)

@@ -86,7 +86,7 @@ def match(
             stack.enter_context(Checkpoint.open(path, allow_pickle=allow_pickle, what=name))
             for path, name in ((a, "A"), (b, "B"))
         )
-        loaded = load_task(task) if task is not None else None
+        loaded = load_task(task, checkpoint=a) if task is not None else None
         if threads is not None:
             import torch
 

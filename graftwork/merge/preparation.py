@@ -25,6 +25,7 @@ from graftwork.merge.errors import CheckpointError, OutputError, RecipeError
 from graftwork.merge.methods.registry import get
 from graftwork.merge.plan import Options, open_input, short_names
 from graftwork.merge.recipe import ModelReference, Recipe, Source
+from graftwork.merge.task import files_of
 
 RECORD = "made.json"
 
@@ -221,8 +222,8 @@ class _Preparation:
             from graftwork.merge.alignment.match import align_checkpoints
             from graftwork.merge.task import load_task
 
-            task = load_task(tasks[0]) if tasks else None
             a, b = checkpoints
+            task = load_task(tasks[0], checkpoint=a.path) if tasks else None
             result = align_checkpoints(
                 a, b, path, self._spec(a, settings, task), method=settings["method"], task=task,
                 seed=settings.get("seed", 0), restarts=settings.get("restarts", 1), device=self.device, force=True,
@@ -255,7 +256,7 @@ class _Preparation:
             from graftwork.merge.artifact import parent_of
             from graftwork.merge.task import load_task
 
-            task = load_task(tasks[0]) if tasks else None
+            task = load_task(tasks[0], checkpoint=checkpoints[0].path) if tasks else None
             spec = self._spec(checkpoints[0], settings, task)
             found = match_universe(spec, checkpoints, seed=settings.get("seed", 0))
             records = [parent_of(item, self.labels[own]) for item, own in zip(checkpoints, models, strict=True)]
@@ -323,7 +324,8 @@ class _Preparation:
             from graftwork.merge.statistics import measure_to_file
             from graftwork.merge.task import load_task
 
-            measure_to_file(kind, checkpoints[0], load_task(task), path, force=True, device=self.device, **settings)
+            own = load_task(task, checkpoint=checkpoints[0].path)
+            measure_to_file(kind, checkpoints[0], own, path, force=True, device=self.device, **settings)
 
         return measure
 
@@ -366,8 +368,9 @@ class _Preparation:
             group = self.recipe.slices[0]
             assert group.base is not None
             labels = [self.labels[reference] for reference in (group.base, *(item.model for item in group.models))]
+            loaded = [load_task(task, checkpoint=own.path) for task, own in zip(tasks, experts, strict=True)]
             learned = learn_merge(
-                base, experts, [load_task(task) for task in tasks], labels=labels, settings=Learning(**chosen),
+                base, experts, loaded, labels=labels, settings=Learning(**chosen),
                 state=path.with_name(f"{self.recipe.method}.state.safetensors"),
             )  # fmt: skip
             for warning in learned.report.warnings:
@@ -397,19 +400,22 @@ def _key(checkpoints: Sequence[Checkpoint], tasks: Sequence[str], settings: Mapp
     """Return a digest of everything that a file is made from, as far as a glance can tell."""
     content = {
         "inputs": [checkpoint.quick_digest() for checkpoint in checkpoints],
-        "tasks": [[task, _file_digest(task)] for task in tasks],
+        "tasks": [[task, *map(_place_digest, files_of(task))] for task in tasks],
         "settings": {key: value for key, value in settings.items() if value is not None},
-        "files": [_file_digest(str(settings[key])) for key in ("spec", "module") if settings.get(key)],
+        "files": [
+            _place_digest(path)
+            for key in ("spec", "module")
+            if settings.get(key)
+            for path in files_of(str(settings[key]))
+        ],
         "version": __version__,
     }
     return lineage.text_digest(json.dumps(content, sort_keys=True))
 
 
-def _file_digest(place: str) -> str:
-    """Return the digest of the Python file in which a task stands; empty for one that is named as a module."""
-    for path in (Path(place), Path(place.rpartition(":")[0])):
-        try:
-            return xxhash.xxh3_128_hexdigest(path.expanduser().read_bytes())
-        except OSError:
-            continue
-    return ""
+def _place_digest(path: Path) -> str:
+    """Return the digest of a file; of a folder, that of the names and sizes of what is in it."""
+    if not path.is_dir():
+        return xxhash.xxh3_128_hexdigest(path.read_bytes())
+    listing = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.rglob("*") if file.is_file())
+    return lineage.text_digest(json.dumps(listing))

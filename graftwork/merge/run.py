@@ -225,7 +225,8 @@ def _renormalize(plan: Plan, merged: Path, out: Path, method: str, task: str, de
     with Checkpoint.open(merged) as checkpoint:
         before = load_torch(checkpoint)
         parents = [plan.checkpoints[place] for place in places]
-        after = renormalize(load_task(task), before, parents, weights, method=cast(Any, method), device=device)
+        own = load_task(task, checkpoint=plan.checkpoints[plan.donor].path)
+        after = renormalize(own, before, parents, weights, method=cast(Any, method), device=device)
         changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
         settings = {"method": method, "weights": weights}
         record = parent_of(checkpoint)
@@ -261,7 +262,8 @@ def _evaluated(recipe: Recipe, out: Path, settings: Settings, tell: Callable[[st
     from graftwork.merge.task import load_task
 
     tell(f"evaluating on {len(recipe.evaluate)} task{'s' if len(recipe.evaluate) > 1 else ''}")
-    return evaluate({out.name: out}, [load_task(spec) for spec in recipe.evaluate], device=settings.device)
+    tasks = [load_task(spec, checkpoint=out) for spec in recipe.evaluate]
+    return evaluate({out.name: out}, tasks, device=settings.device)
 
 
 def check_places(file: RecipeFile, target: Path, settings: Settings) -> list[Path]:

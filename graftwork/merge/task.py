@@ -10,6 +10,9 @@ A user writes one in a file of their own and names it `file.py:name`:
             yield images[start : start + 256], labels[start : start + 256]
 
     digits = Task("digits", model=Network, batches=train, test=test)
+
+A function that returns a task may take arguments: `file.py:name,size=3`. `hf:…` is a ready-made one, see
+`graftwork.merge.ready_tasks`.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,6 +40,10 @@ if TYPE_CHECKING:
 
     Batches = Callable[[], Iterable[tuple[Any, Any]]]
     """Called without arguments; gives (inputs, labels or None) in the same order at each call."""
+
+READY = "hf"
+"""What stands in the place of a file for a ready-made task."""
+_READY_MODULE = "graftwork.merge.ready_tasks"
 
 SHOWN_NAMES = 5
 """How many tensors a message about a checkpoint that does not fit names."""
@@ -86,22 +95,117 @@ class Task:
 # Finding what a user names
 
 
-def load_task(spec: str) -> Task:
+def load_task(spec: str, *, checkpoint: Path | str | None = None) -> Task:
     """Return the task that `file.py:name` or `package.module:name` names.
 
-    The name is that of a `Task`, or of a function without arguments that returns one.
+    The name is that of a `Task`, or of a function that returns one. Arguments of the function follow its name, as in
+    `file.py:name,size=3,data=images.npz`; they become what the function's annotations or defaults say (int, float,
+    bool, Path), else they are texts. `hf:KIND` is a function of `graftwork.merge.ready_tasks`.
+
+    Args:
+        spec: What names the task.
+        checkpoint: The checkpoint at hand. A function that has an argument `checkpoint` gets it, unless the spec says
+            another one.
 
     Raises:
-        TaskError: There is no such file, module or name; the user's code fails; or what it gives is no task.
+        TaskError: There is no such file, module or name; arguments do not fit; the user's code fails; or what it gives
+            is no task.
     """
-    found = load_object(spec)
+    place, arguments = split_spec(spec)
+    found = load_object(place)
     if not isinstance(found, Task) and callable(found):
-        found = _call(spec, found)
+        if checkpoint is not None and "checkpoint" in _parameters(found):
+            arguments = {"checkpoint": str(checkpoint), **arguments}
+        found = _call(spec, found, **_converted(spec, found, arguments))
+    elif arguments:
+        raise TaskError(f"cannot load task {quoted(spec)}: {quoted(place)} is {_kind(found)} and takes no arguments")
     if not isinstance(found, Task):
         raise TaskError(
             f"cannot load task {quoted(spec)}: it is {_kind(found)}, not a Task or a function that returns one"
         )
     return found
+
+
+_ARGUMENT = re.compile(r",(?=[A-Za-z_]\w*=)")
+
+
+def split_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """Return what names the task, and the arguments that follow it.
+
+    Raises:
+        TaskError: An argument is given twice.
+    """
+    place, *pairs = _ARGUMENT.split(spec)
+    arguments: dict[str, str] = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key in arguments:
+            raise TaskError(f"cannot load task {quoted(spec)}: {key} is given twice")
+        arguments[key] = value
+    return place, arguments
+
+
+def files_of(spec: str) -> list[Path]:
+    """Return the files and folders that a spec names: the Python file, and arguments that are paths of something."""
+    place, arguments = split_spec(spec)
+    named = [place, place.rpartition(":")[0], *arguments.values()]
+    return [path for name in named if name and (path := Path(name).expanduser()).exists()]
+
+
+def _converted(spec: str, function: Callable[..., Any], arguments: Mapping[str, str]) -> dict[str, Any]:
+    """Return arguments as values of the types that the function wants."""
+    parameters = _parameters(function)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    values: dict[str, Any] = {}
+    for key, text in arguments.items():
+        parameter = parameters.get(key)
+        if parameter is None and not takes_any:
+            hint = did_you_mean(key, parameters) or f"; it has {listed(list(parameters), 12) or 'none'}"
+            raise TaskError(f"cannot load task {quoted(spec)}: there is no argument {quoted(key)}{hint}")
+        wanted = _types(parameter)
+        try:
+            values[key] = _value(text, wanted)
+        except ValueError:
+            kinds = " or ".join(_SPOKEN[kind] for kind in wanted if kind in _SPOKEN)
+            raise TaskError(f"cannot load task {quoted(spec)}: {key} is {quoted(text)}, not {kinds}") from None
+    return values
+
+
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_SPOKEN: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def _value(text: str, wanted: Sequence[Any]) -> Any:
+    if bool in wanted:
+        if text.lower() not in _TRUTH:
+            raise ValueError
+        return _TRUTH[text.lower()]
+    if str in wanted:
+        return text
+    for kind in (int, float, Path):
+        if kind in wanted:
+            return kind(text)
+    return text
+
+
+def _types(parameter: inspect.Parameter | None) -> tuple[Any, ...]:
+    """Return the types that an argument may have, by its annotation or else its default."""
+    if parameter is None:
+        return (str,)
+    if parameter.annotation is parameter.empty:
+        return (type(parameter.default),)
+    return typing.get_args(parameter.annotation) or (parameter.annotation,)
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function, eval_str=True).parameters
+    except (ValueError, TypeError, NameError):
+        pass
+    try:
+        return inspect.signature(function).parameters
+    except (ValueError, TypeError):
+        return {}
 
 
 def load_federation(spec: str) -> Mapping[str, Task] | Callable[[str], Task]:
@@ -144,6 +248,8 @@ def load_object(spec: str) -> Any:
         TaskError: There is no such file, module or name, or the user's code fails when it is loaded.
     """
     place, separator, name = spec.rpartition(":")
+    if place == READY:
+        place, name = _READY_MODULE, name.replace("-", "_")
     if not separator or not place or not name:
         raise TaskError(f"cannot load {quoted(spec)}: write file.py:name or package.module:name")
     is_file = place.endswith(".py") or "/" in place or os.sep in place
@@ -153,6 +259,10 @@ def load_object(spec: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
+            if spec.startswith(f"{READY}:"):
+                kinds = [kind.replace("_", "-") for kind in module.__all__]
+                hint = did_you_mean(name.replace("_", "-"), kinds) or f"; there are {', '.join(kinds)}"
+                raise TaskError(f"cannot load {quoted(spec)}: there is no such ready-made task{hint}") from None
             known = [known for known in vars(module) if not known.startswith("_")]
             raise TaskError(
                 f"cannot load {quoted(spec)}: {quoted(place)} has no {quoted(part)}{did_you_mean(part, known)}"
@@ -249,12 +359,15 @@ def _needed(function: Callable[..., Any]) -> list[str]:
     ]
 
 
-def _call(spec: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    needed = _needed(function)[len(arguments) :]
+def _call(spec: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    needed = [name for name in _needed(function)[len(arguments) :] if name not in named]
     if needed:
-        raise TaskError(f"cannot load {quoted(spec)}: it needs arguments ({', '.join(needed)}); give them defaults")
+        raise TaskError(
+            f"cannot load {quoted(spec)}: it needs arguments ({', '.join(needed)}); give them defaults, or "
+            f"values after its name, as in {spec},{needed[0]}=…"
+        )
     try:
-        return function(*arguments)
+        return function(*arguments, **named)
     except BaseException as error:
         raise_user_failure(error, f"cannot load {quoted(spec)}")
 

@@ -69,6 +69,36 @@ def test_a_function_that_returns_a_task_is_called(tmp_path: Path) -> None:
     assert load_task(write(tmp_path, "def mine(fold=1): return make(f'fold {fold}')") + ":mine").name == "fold 1"
 
 
+ARGUMENTS = """
+from pathlib import Path
+def mine(name, size: int = 2, rate=0.5, deep: bool = False, place: Path | None = None, checkpoint: str = 'none'):
+    return make(f'{name} {size!r} {rate!r} {deep!r} {place} {checkpoint}')
+fixed = make('fixed')
+"""
+
+
+def test_arguments_follow_the_name_and_become_what_the_function_wants(tmp_path: Path) -> None:
+    spec = write(tmp_path, ARGUMENTS) + ":mine,name=a,b,size=3,rate=2,deep=yes,place=x:y"
+    assert load_task(spec).name == "a,b 3 2.0 True x:y none"
+    assert load_task(spec, checkpoint="model").name == "a,b 3 2.0 True x:y model"
+    assert load_task(f"{spec},checkpoint=other", checkpoint="model").name == "a,b 3 2.0 True x:y other"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("mine,name=a,sice=3", 'there is no argument "sice"; did you mean "size"?'),
+        ("mine,name=a,size=three", 'size is "three", not a whole number'),
+        ("mine,name=a,deep=maybe", 'deep is "maybe", not true or false'),
+        ("mine,name=a,name=b", "name is given twice"),
+        ("mine,size=3", "it needs arguments (name); give them defaults, or values after its name, as in "),
+        ("fixed,size=3", "is a Task and takes no arguments"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(tmp_path: Path, arguments: str, message: str) -> None:
+    assert message in problem(f"{write(tmp_path, ARGUMENTS)}:{arguments}")
+
+
 def test_an_attribute_of_an_object_in_a_file_is_found(tmp_path: Path) -> None:
     assert load_task(write(tmp_path, "class All:\n    mine = make('a')") + ":All.mine").name == "a"
 
