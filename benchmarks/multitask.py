@@ -17,8 +17,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from suites import DESIGNS, Suite, load_suite
 
 from graftwork.merge import Settings, evaluate, load_recipe, merge
+from graftwork.merge.alignment.renormalize import renormalize
 from graftwork.merge.errors import GraftworkError
 from graftwork.merge.methods import registry
 
@@ -91,16 +94,37 @@ ROWS: Mapping[str, Row] = {
     "fine-tuned": Row("fine-tuned"),
 }
 
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What a change must not break.
+
+    Args:
+        title: What it is called.
+        row: The row that has to be good.
+        others: The rows of which the best is compared.
+        least: Points by which the row has to be above that, in all suites or by suite (mean of seeds).
+    """
+
+    title: str
+    row: str
+    others: tuple[str, ...]
+    least: float | Mapping[str, float]
+
+    def least_in(self, suite: str) -> float:
+        """Return the points for a suite."""
+        return self.least if isinstance(self.least, int | float) else self.least[suite]
+
+
 BARS = (
-    ("mask over task arithmetic", "mask", "task_arithmetic", {"mlp4": 4, "mlp8": 12, "vit8": 14}),
-    ("mask + layer-wise over task arithmetic", "mask+layer_wise", "task_arithmetic",
-     {"mlp4": 5, "mlp8": 15, "vit8": 18}),
-    ("mask + layer-wise against fine-tuned", "mask+layer_wise", "fine-tuned", dict.fromkeys(DESIGNS, -5)),
-    ("mask against layer-wise", "mask", "layer_wise", {"mlp4": -0.5, "mlp8": 5, "vit8": -0.5}),
-    ("binary mask against expected, both at rate 0.1", "mask_binary", "mask_decided", dict.fromkeys(DESIGNS, -3)),
-    ("mask + layer-wise against mask", "mask+layer_wise", "mask", dict.fromkeys(DESIGNS, -0.5)),
+    Bar("mask over task arithmetic", "mask", ("task_arithmetic",), {"mlp4": 4, "mlp8": 12, "vit8": 14}),
+    Bar("mask + layer-wise over task arithmetic", "mask+layer_wise", ("task_arithmetic",),
+        {"mlp4": 5, "mlp8": 15, "vit8": 18}),
+    Bar("mask + layer-wise against fine-tuned", "mask+layer_wise", ("fine-tuned",), -5),
+    Bar("mask against layer-wise", "mask", ("layer_wise",), {"mlp4": -0.5, "mlp8": 5, "vit8": -0.5}),
+    Bar("binary mask against expected, both at rate 0.1", "mask_binary", ("mask_decided",), -3),
+    Bar("mask + layer-wise against mask", "mask+layer_wise", ("mask",), -0.5),
 )  # fmt: skip
-"""Name, row, compared with row, points that the first has to be above the second (mean of seeds)."""
 
 
 def cell_path(work: Path, suite: str, row: str, seed: int) -> Path:
@@ -108,9 +132,17 @@ def cell_path(work: Path, suite: str, row: str, seed: int) -> Path:
     return work / "multitask" / suite / f"{row}-{seed}.json"
 
 
-def compute(suite: Suite, name: str, seed: int, work: Path) -> dict[str, Any]:
-    """Return accuracy per task and CPU seconds of one cell."""
-    row = ROWS[name]
+def cells(work: Path, suite: str, row: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the results of a row that there are."""
+    paths = [cell_path(work, suite, row, seed) for seed in seeds]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def compute(suite: Suite, name: str, row: Row, seed: int, work: Path) -> dict[str, Any]:
+    """Return accuracy per task and CPU seconds of one cell.
+
+    Where the suite has a mixture, also the accuracy with BatchNorm statistics that are measured anew on its inputs.
+    """
     if not row.method:
         if name == "base":
             found = evaluate([suite.base], suite.tasks)
@@ -156,47 +188,87 @@ def compute(suite: Suite, name: str, seed: int, work: Path) -> dict[str, Any]:
     seconds = time.process_time() - began
     found = evaluate([out], suite.tasks)
     result |= {"accuracy": {item.task: item.accuracy for item in found}}
+    if suite.mixture is not None:
+        measured = renormalize(suite.mixture, load_file(out), method="bn")
+        found = evaluate({"merged": measured}, suite.tasks)
+        result |= {"accuracy_measured": {item.task: item.accuracy for item in found}}
     return {**result, "seconds": seconds, "learning_seconds": learning_seconds}
 
 
-def table(work: Path, suites: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[str], bool]:
-    """Return the table as lines of Markdown, the bars as lines, and whether they hold."""
-    means: dict[tuple[str, str], list[float]] = {}
-    seconds: dict[tuple[str, str], float] = {}
-    for suite in suites:
-        for name in ROWS:
-            for seed in seeds:
+def fill(
+    work: Path,
+    suites: Mapping[str, Callable[[], Suite]],
+    rows: Mapping[str, Row],
+    seeds: Sequence[int],
+) -> list[str]:
+    """Compute the cells that there are not yet, seed by seed; return what could not be, one line each."""
+    skipped: dict[str, None] = {}
+    loaded: dict[str, Suite] = {}
+    for number, seed in enumerate(seeds):
+        for suite, load in suites.items():
+            for name, row in rows.items():
                 path = cell_path(work, suite, name, seed)
-                if path.exists():
-                    cell = json.loads(path.read_text())
-                    means.setdefault((suite, name), []).append(100 * float(np.mean(list(cell["accuracy"].values()))))
-                    seconds[suite, name] = cell["seconds"]
+                if number >= row.seeds or path.exists():
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if suite not in loaded:
+                    loaded[suite] = load()
+                try:
+                    result = compute(loaded[suite], name, row, seed, work)
+                except GraftworkError as error:
+                    skipped[f"{row.title}, {suite}: {error}"] = None
+                    continue
+                path.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
+                os.replace(path.with_suffix(".tmp"), path)
+                accuracy = 100 * float(np.mean(list(result["accuracy"].values())))
+                print(
+                    f"{suite} {name} seed {seed}: {accuracy:.2f} %, {result['seconds']:.1f} CPU s",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+    return list(skipped)
+
+
+def table(
+    work: Path, suites: Sequence[str], seeds: Sequence[int], rows: Mapping[str, Row], bars: Sequence[Bar]
+) -> tuple[list[str], list[str], bool]:
+    """Return the table as lines of Markdown, the bars as lines, and whether they hold."""
+    found = {(suite, name): cells(work, suite, name, seeds) for suite in suites for name in rows}
+    heads: list[tuple[str, str, str]] = []
+    for suite in suites:
+        heads.append((suite, suite, "accuracy"))
+        if any("accuracy_measured" in cell for name in rows for cell in found[suite, name]):
+            heads.append((suite, f"{suite}, statistics measured", "accuracy_measured"))
+
+    def means(suite: str, name: str, key: str = "accuracy") -> list[float]:
+        return [100 * float(np.mean(list(cell[key].values()))) for cell in found.get((suite, name), ()) if key in cell]
+
     lines = [
-        "| | " + " | ".join(suites) + " | CPU s (" + " / ".join(suites) + ") |", "|---|" + "---|" * (len(suites) + 1)
-    ]  # fmt: skip
-    for name, row in ROWS.items():
-        cells = []
+        f"| | {' | '.join(head for _, head, _ in heads)} | CPU s ({' / '.join(suites)}) |",
+        "|---|" + "---|" * (len(heads) + 1),
+    ]
+    for name, row in rows.items():
+        shown = []
+        for suite, _, key in heads:
+            values = means(suite, name, key)
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            shown.append(f"{np.mean(values):.1f}{spread}" if values else "-")
+        times = [f"{found[suite, name][-1]['seconds']:.0f}" if found[suite, name] else "-" for suite in suites]
+        lines.append(f"| {row.title} | {' | '.join(shown)} | {' / '.join(times)} |")
+    said, all_hold = [], True
+    for bar in bars:
         for suite in suites:
-            values = means.get((suite, name))
-            spread = f" ± {np.std(values, ddof=1):.1f}" if values and len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.1f}{spread}" if values else "-")
-        times = [f"{seconds[suite, name]:.0f}" if (suite, name) in seconds else "-" for suite in suites]
-        lines.append(f"| {row.title} | " + " | ".join(cells) + " | " + " / ".join(times) + " |")
-    bars, all_hold = [], True
-    for title, one, other, least in BARS:
-        for suite in suites:
-            if (suite, one) not in means or (suite, other) not in means:
-                bars.append(f"not measured  {title}, {suite}")
+            own, others = means(suite, bar.row), [means(suite, other) for other in bar.others]
+            if not own or not all(others):
+                said.append(f"not measured  {bar.title}, {suite}")
                 continue
-            difference = float(np.mean(means[suite, one]) - np.mean(means[suite, other]))
-            holds = difference >= least[suite]
+            difference = float(np.mean(own) - max(np.mean(values) for values in others))
+            holds = difference >= bar.least_in(suite)
             all_hold &= holds
-            count = len(means[suite, one])
-            bars.append(
-                f"{'holds' if holds else 'FAILS':12s}  {title}, {suite}: {difference:+.1f} (at least "
-                f"{least[suite]:+g}), seeds: {count}"
+            said.append(
+                f"{'holds' if holds else 'FAILS':12s}  {bar.title}, {suite}: {difference:+.1f} (at least "
+                f"{bar.least_in(suite):+g}), seeds: {len(own)}"
             )
-    return lines, bars, all_hold
+    return lines, said, all_hold
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -209,38 +281,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--table", action="store_true", help="only print what was computed before")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    skipped: list[str] = []
-    wanted = [
-        (suite, name, seed)
-        for number, seed in enumerate(given.seeds)
-        for suite in given.suites
-        for name in given.rows
-        if number < ROWS[name].seeds
-    ]
-    for suite, name, seed in [] if given.table else wanted:
-        path = cell_path(given.work, suite, name, seed)
-        if path.exists():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        row = ROWS[name]
-        if row.method and row.method not in registry.names():
-            skipped.append(f"{row.title}: there is no method {row.method}")
-            continue
-        try:
-            result = compute(load_suite(suite, given.work), name, seed, given.work)
-        except GraftworkError as error:
-            skipped.append(f"{row.title}, {suite}: {error}")
-            continue
-        path.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
-        os.replace(path.with_suffix(".tmp"), path)
-        accuracy = 100 * float(np.mean(list(result["accuracy"].values())))
-        print(f"{suite} {name} seed {seed}: {accuracy:.2f} %, {result['seconds']:.1f} CPU s", file=sys.stderr)
-    lines, bars, hold = table(given.work, given.suites, given.seeds)
-    print("\n".join(lines))
-    print()
-    print("\n".join(bars))
-    for line in dict.fromkeys(skipped):
-        print(f"skipped  {line}")
+    rows = {name: ROWS[name] for name in given.rows}
+    suites = {name: partial(load_suite, name, given.work) for name in given.suites}
+    skipped = [] if given.table else fill(given.work, suites, rows, given.seeds)
+    lines, bars, hold = table(given.work, given.suites, given.seeds, ROWS, BARS)
+    print("\n".join([*lines, "", *bars, *(f"skipped  {line}" for line in skipped)]))
     return 0 if hold else 1
 
 

@@ -159,13 +159,16 @@ class _Attention(nn.Module):
         return result
 
 
-class _Block(nn.Module):
+class AttentionBlock(nn.Module):
+    """Tokens (n, length, width) to tokens: attention, then two linear layers, each with what enters it added."""
+
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.norm1, self.attention, self.norm2 = nn.LayerNorm(width), _Attention(width, heads), nn.LayerNorm(width)
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Return the tokens."""
         tokens = tokens + self.attention(self.norm1(tokens))
         result: Tensor = tokens + self.fc2(functional.gelu(self.fc1(self.norm2(tokens))))
         return result
@@ -182,7 +185,7 @@ class Transformer(nn.Module):
         self.patch = nn.Linear(4, width)
         self.token = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(torch.randn(17, width) * 0.02)
-        self.blocks = nn.ModuleList(_Block(width, heads=4, hidden=96) for _ in range(3))
+        self.blocks = nn.ModuleList(AttentionBlock(width, heads=4, hidden=96) for _ in range(3))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -345,11 +348,12 @@ class Suite:
     """A suite on disk.
 
     Args:
-        name: mlp4, mlp8 or vit8.
-        folder: Where its files are.
+        name: What it is called.
+        folder: Where its files are; `tasks.py` among them has the tasks.
         base: The pre-trained encoder.
         experts: The fine-tuned encoders by task.
         tasks: The tasks in the order of the experts.
+        mixture: Inputs of all tasks, if the encoder has statistics that a merge should measure anew.
     """
 
     name: str
@@ -357,6 +361,7 @@ class Suite:
     base: Path
     experts: Mapping[str, Path]
     tasks: tuple[Task, ...]
+    mixture: Task | None = None
 
 
 def load_suite(name: str, work: Path | str) -> Suite:
