@@ -110,8 +110,9 @@ def explain(
     from graftwork.federated.runs import Experiment
     from graftwork.federated.strategy import Strategy
 
-    site.refuse_algorithm(algorithm)
     chosen = {"local_steps": 1, **(settings or {})}
+    create(algorithm, chosen)  # a name that does not exist is told as such
+    site.refuse_algorithm(algorithm)
     experiment = Experiment(
         FederationSpec("explain"),
         algorithm=algorithm,
