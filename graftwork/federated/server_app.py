@@ -57,10 +57,34 @@ def serve(grid: Grid, run: Path) -> None:
     with followed(folder, experiment.rounds) as observer:
         federation = server_federation(order.sites, experiment.federation, order.task, order.server_task)
         algorithm = create(experiment.algorithm, experiment.settings)
-        strategy = Strategy(experiment, algorithm, federation, folder, observer)
+        if order.nodes:
+            strategy: Strategy = KeyedStrategy(experiment, algorithm, federation, folder, observer, nodes=order.nodes)
+        else:
+            strategy = Strategy(experiment, algorithm, federation, folder, observer)
         sites = SitesGrid(grid, order.nodes)
         wait_for_sites(sites, order, run / PLACE / PRESENT)
         strategy.run(sites, resume=True)
+
+
+class KeyedStrategy(Strategy):
+    """The strategy where keys say which node is which site, whether it is there or not.
+
+    So nobody has to be asked for a name, and a site that comes late, or comes back, takes part from the next message
+    on that it is sent: its number is that of its key.
+
+    Args:
+        arguments: Those of `Strategy`.
+        nodes: The site of each node by its number.
+        more: Those of `Strategy` that have a name.
+    """
+
+    def __init__(self, *arguments: Any, nodes: Mapping[int, str], **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._keyed = dict(sorted((site, node) for node, site in nodes.items()))
+
+    def _roll_call(self) -> None:
+        self._nodes = dict(self._keyed)
+        self.server.sites = tuple(self._nodes)
 
 
 def wait_for_sites(grid: Grid, order: Order, note: Path) -> None:
