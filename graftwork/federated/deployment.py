@@ -50,7 +50,7 @@ from graftwork.federated.configuration import Description, record_for_sites
 from graftwork.federated.errors import FederationError
 from graftwork.federated.order import PLACE, PRESENT, RUN_VARIABLE, Order
 from graftwork.federated.ray import ENVIRONMENT, app_folder
-from graftwork.federated.runs import FAILURE, SUMMARY, Experiment, RunFolder, json_line, write_text
+from graftwork.federated.runs import CONFIG, FAILURE, SUMMARY, Experiment, RunFolder, json_line, write_text
 from graftwork.federated.server import config_of
 from graftwork.merge.checkpoint import listed, quoted
 
@@ -61,6 +61,8 @@ _COMMAND_SECONDS = 120.0
 _STOP_SECONDS = 8.0
 _POLL_SECONDS = 0.3
 _STATUS_SECONDS = 5.0
+_END_SECONDS = 60.0
+"""How long Flower may take to say that a run is over whose folder says so."""
 _RESTARTS = 5
 _SHOWN_LINES = 5
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
@@ -92,7 +94,16 @@ def open_run(
             raise FederationError(f"cannot go on with the run {resume}: a process is working on it; wait, or end it")
         return folder
     settings = create(experiment.algorithm, experiment.settings).settings.record()
-    return RunFolder.create(out or said.out, config_of(experiment, federation, settings), force=force)
+    path = out or said.out
+    return RunFolder.create(path, config_of(experiment, federation, settings), force=force or _has_not_begun(path))
+
+
+def _has_not_begun(path: Path) -> bool:
+    """Return whether a run folder holds nothing that was learned: the server did not come so far."""
+    if not (path / CONFIG).is_file() or not (path / PLACE).is_dir():
+        return False
+    folder = RunFolder(path)
+    return not folder.rounds() and folder.status != "running"
 
 
 @dataclass(frozen=True)
@@ -229,15 +240,18 @@ class Deployment:
         seen = max((int(line.get("round", 0)) for line in self.folder.metrics()), default=0)
         present = ""
         asked = time.monotonic()
+        ended: float | None = None
         while True:
             self._keep_alive()
             present = self._tell_present(present)
             seen = self._tell_rounds(seen, observer)
-            is_at_end = (self.folder.path / SUMMARY).exists() or (self.folder.path / FAILURE).exists()
-            if is_at_end or time.monotonic() - asked > _STATUS_SECONDS:
+            now = time.monotonic()
+            if ended is None and any((self.folder.path / name).exists() for name in (SUMMARY, FAILURE)):
+                ended = now
+            if now - asked > (_STATUS_SECONDS if ended is None else 2 * _POLL_SECONDS):
                 status, details = self._status()
                 asked = time.monotonic()
-                if status.startswith("finished"):
+                if status.startswith("finished") or (ended is not None and asked - ended > _END_SECONDS):
                     self._tell_rounds(seen, observer)
                     return self._end(status, details)
             time.sleep(_POLL_SECONDS)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 import os
 import signal
 import sys
@@ -59,6 +60,8 @@ def main() -> None:
         end_with_parent()
     if program == "flower-superlink":
         close_to_strangers()
+        # Several calls per second are answered as they should be; those that are not are worth a line.
+        logging.getLogger("uvicorn.access").addFilter(is_worth_a_line)
     command = found[0].load()
     if several:
         run_each(program, command)
@@ -142,6 +145,12 @@ def end_group() -> None:
     os.killpg(own, signal.SIGTERM)
     threading.Event().wait(_GRACE_SECONDS)
     os.killpg(own, signal.SIGKILL)
+
+
+def is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Return whether an answered call is one that was not answered well."""
+    status = record.args[-1] if isinstance(record.args, tuple) and record.args else None
+    return not isinstance(status, int) or status >= 400
 
 
 # ---------------------------------------------------------------------------------------------------------------------

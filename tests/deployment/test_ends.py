@@ -15,6 +15,7 @@ pytest.importorskip("flwr", reason="Flower is not installed")
 from graftwork.federated.configuration import read_federation
 from graftwork.federated.deployment import Commands, Deployment, open_run, toml_text
 from graftwork.federated.errors import FederationError
+from graftwork.merge.errors import OutputError
 from tests.deployment import hospitals
 from tests.deployment.processes import GRAFTWORK, Program, processes_of, wait
 
@@ -94,6 +95,21 @@ def test_a_run_is_gone_on_with_only_under_the_same_settings(tmp_path: Path, port
         open_run(other, resume=folder.path)
     with folder.working(1), pytest.raises(FederationError, match="a process is working on it"):
         open_run(more, resume=folder.path)
+
+
+def test_a_run_that_never_began_is_begun_again_and_one_that_did_is_kept(tmp_path: Path, port: int) -> None:
+    said = read_federation(described(tmp_path, port))
+    folder = open_run(said)
+    with pytest.raises(OutputError, match="it exists"):  # somebody else's: no server has been at it
+        open_run(said)
+    (folder.path / "deployment").mkdir()
+    (folder.path / "deployment" / "superlink.log").write_text("Address already in use")
+    assert open_run(said).path == folder.path
+    (folder.path / "deployment").mkdir()
+    (folder.round_folder(0)).mkdir()
+    (folder.round_folder(0) / "round.json").write_text("{}")
+    with pytest.raises(OutputError, match="go on with --resume, or replace it with --force"):
+        open_run(said)
 
 
 @pytest.mark.parametrize("text", ["plain", 'a "quoted" \\ path', "tab\tand\nline", "Tromsø 𝔉", "\x7f"])

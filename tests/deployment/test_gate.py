@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import logging.config
 import os
 import signal
 import subprocess
@@ -115,6 +117,23 @@ def test_flowers_routes_for_sites_are_where_the_gate_expects_them() -> None:
 
     assert f"{fleet.prefix}/" == superlink.FLEET
     assert not any(str(getattr(route, "path", "")).startswith(superlink.FLEET) for route in control.routes)
+
+
+def test_the_log_has_a_line_for_calls_that_went_wrong_only(capsys: pytest.CaptureFixture[str]) -> None:
+    from flwr.supercore.http_logging import get_uvicorn_log_config
+
+    log = logging.getLogger("uvicorn.access")
+    log.addFilter(superlink.is_worth_a_line)
+    try:
+        logging.config.dictConfig(get_uvicorn_log_config(logging.INFO))  # as Flower does when it begins to serve
+        for status in (200, 304, 403, 503):
+            log.info('%s - "%s %s HTTP/%s" %d', "10.0.0.1:1", "POST", "/v1/fleet/pull-messages", "1.1", status)
+    finally:
+        log.removeFilter(superlink.is_worth_a_line)
+        log.handlers.clear()
+        log.propagate = True
+    said = "".join(capsys.readouterr())
+    assert [status for status in ("200", "304", "403", "503") if f'" {status}' in said] == ["403", "503"]
 
 
 def test_a_child_ends_with_its_whole_group_when_its_parent_is_killed(tmp_path: Path) -> None:
