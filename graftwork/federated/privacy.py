@@ -27,10 +27,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graftwork.federated.aggregation import Aggregation
-from graftwork.federated.aggregation.mean import CHUNK
+from graftwork.federated.aggregation.clipping import change_norms, moved, scales_of
 from graftwork.federated.aggregation.operator import Operator, Round, operator_of
 from graftwork.federated.algorithms.base import Algorithm, Client, Server, Update
-from graftwork.federated.messages import float_values, tensor_of
 from graftwork.federated.normalisation import batch_norm_names
 from graftwork.merge.checkpoint import listed
 from graftwork.merge.errors import DependencyError
@@ -38,7 +37,7 @@ from graftwork.merge.errors import DependencyError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from graftwork.federated.messages import Raw, Values
+    from graftwork.federated.messages import Values
     from graftwork.federated.runs import Experiment
 
 Entropy = Callable[[int], bytes]
@@ -122,50 +121,22 @@ class ClippedMean(Operator):
         rest = [name for name in round.names if round.averaged(name)]
         merged = Aggregation().merge(round.named(rest), None, round.weights) if rest else {}
         bound = self.experiment.clip_norm
-        scales = [min(1.0, bound / norm) if norm > 0 else 1.0 for norm in _norms(round, weights)]
+        scales = scales_of(change_norms(round.replies, round.base, weights), bound)
         if self.is_noisy:
             asked = asked_in_a_round(self.experiment, len(round.server.sites))
             shares = [scale / asked for scale in scales]
             deviation = self.experiment.noise_multiplier * bound / asked
         else:
-            total = math.fsum(round.weights)
+            total, deviation = math.fsum(round.weights), 0.0
             shares = [scale * weight / total for scale, weight in zip(scales, round.weights, strict=True)]
-            deviation = 0.0
+
+        def noise(count: int) -> Values:
+            return deviation * gaussian(count, self.entropy)
+
         for name in weights:
-            merged[name] = self._moved(round.base[name], [reply[name] for reply in round.replies], shares, deviation)
+            replies = [reply[name] for reply in round.replies]
+            merged[name] = moved(round.base[name], replies, shares, noise if self.is_noisy else None)
         return merged
-
-    def _moved(self, base: Raw, replies: list[Raw], shares: list[float], deviation: float) -> Tensor:
-        """Return base + Σ shareᵢ · (replyᵢ − base) + noise, in float64, rounded once."""
-        import torch
-
-        before = float_values(base).reshape(-1)
-        after = [float_values(reply).reshape(-1) for reply in replies]
-        result = np.empty(before.size)
-        for start in range(0, before.size, CHUNK):
-            span = slice(start, start + CHUNK)
-            origin = before[span].astype(np.float64)
-            moved = origin.copy()
-            for values, share in zip(after, shares, strict=True):
-                moved += share * (values[span] - origin)
-            if deviation > 0:
-                moved += deviation * gaussian(origin.size, self.entropy)
-            result[span] = moved
-        return torch.from_numpy(result.reshape(base[1].shape)).to(tensor_of((base[0], base[1].reshape(-1)[:1])).dtype)
-
-
-def _norms(round: Round, names: list[str]) -> list[float]:
-    """Return the norm of what each reply changes in the weights, in float64."""
-    assert round.base is not None
-    totals = [0.0] * len(round.replies)
-    for name in names:
-        before = float_values(round.base[name]).reshape(-1)
-        for number, reply in enumerate(round.replies):
-            after = float_values(reply[name]).reshape(-1)
-            for start in range(0, before.size, CHUNK):
-                change = after[start : start + CHUNK].astype(np.float64) - before[start : start + CHUNK]
-                totals[number] += float(change @ change)
-    return [math.sqrt(total) for total in totals]
 
 
 def gaussian(count: int, entropy: Entropy = os.urandom) -> Values:

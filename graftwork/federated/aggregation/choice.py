@@ -33,7 +33,7 @@ class Aggregation:
     """How replies become one model.
 
     Args:
-        method: `mean`, `median`, `trimmed_mean`, `krum`, `permutation`, or a method of the engine.
+        method: `mean`, `norm_clipping`, `median`, `trimmed_mean`, `krum`, `permutation`, or a method of the engine.
         parameters: Its parameters by the names that recipes use, and those of `COMMON`.
     """
 
@@ -123,7 +123,7 @@ class Aggregation:
         if not rest:
             return merged
         if self.method in OWN_METHODS:
-            return merged | robust.merge(self.method, _robust_values(self), kept, rest, shares)
+            return merged | robust.merge(self.method, _robust_values(self), kept, rest, shares, base)
         held = [{name: reply[name] for name in rest} for reply in kept]
         return merged | engine.merge(
             self.method, others(COMMON, self.parameters), held, base, shares,
@@ -143,7 +143,7 @@ class Aggregation:
         """Return the aggregate of replies that lie on disk.
 
         The mean takes one file and one tensor at a time: memory does not depend on the number of clients. Other methods
-        take tensor by tensor, or, if they look at the whole model (krum, `scope: model`), all at once.
+        take tensor by tensor, or, if they look at the whole model (krum, norm_clipping, `scope: model`), all at once.
         """
         used = [(file, weight) for file, weight in zip(files, weights, strict=True) if weight > 0]
         if not used:
@@ -152,7 +152,7 @@ class Aggregation:
             return file_mean([file for file, _ in used], [weight for _, weight in used], names)
         opened = [Checkpoint.open(file) for file, _ in used]
         try:
-            together = self.method == "krum" or (
+            together = self.method in robust.JOINT or (
                 self.method not in OWN_METHODS and engine.is_joint(self.method, self.parameters)
             )
             groups = [list(names)] if together else [[name] for name in names]

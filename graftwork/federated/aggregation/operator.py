@@ -104,7 +104,7 @@ class Operator:
     def needs_common_start(self) -> bool:
         """Whether the method looks at what sites have changed."""
         method = self.aggregation.method
-        return method not in OWN_METHODS and registry.get(method).base == "required"
+        return method == "norm_clipping" or (method not in OWN_METHODS and registry.get(method).base == "required")
 
     @property
     def recalibrations(self) -> int:

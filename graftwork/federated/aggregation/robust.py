@@ -1,12 +1,14 @@
-"""What stock federations use against faulty clients: median, trimmed mean, Krum."""
+"""What stock federations use against faulty clients: clipped changes, median, trimmed mean, Krum."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from graftwork.federated.aggregation.clipping import change_norms, moved, scales_of
 from graftwork.federated.aggregation.mean import CHUNK, means
 from graftwork.federated.messages import float_values, tensor_of
 
@@ -16,11 +18,15 @@ if TYPE_CHECKING:
     from graftwork.federated.messages import Raw, Values
 
 PARAMETERS: Mapping[str, Mapping[str, float]] = {
+    "norm_clipping": {"bound": 0.0},
     "median": {},
     "trimmed_mean": {"cut": 0.2},
     "krum": {"faulty": 0, "select": 1},
 }
 """The methods' parameters, all of them numbers of at least 0, with their defaults."""
+
+JOINT = frozenset({"norm_clipping", "krum"})
+"""Methods that look at all tensors of a reply together."""
 
 
 def problem(method: str, values: Mapping[str, float]) -> str | None:
@@ -36,6 +42,7 @@ def merge(
     replies: Sequence[Mapping[str, Raw]],
     names: Sequence[str],
     weights: Sequence[float],
+    base: Mapping[str, Raw] | None = None,
 ) -> dict[str, Tensor]:
     """Return what one of `PARAMETERS` makes of replies in the order of the sites.
 
@@ -44,8 +51,12 @@ def merge(
         values: All its parameters.
         replies: Raw words by name.
         names: What is merged.
-        weights: One per reply, above 0; only Krum uses them, for the mean of those that it selects.
+        weights: One per reply, above 0; used by norm clipping, and by Krum for the mean of those that it selects.
+        base: What the replies started from, for norm clipping.
     """
+    if method == "norm_clipping":
+        assert base is not None
+        return norm_clipping(replies, base, names, weights, values["bound"])
     if method == "median":
         return {name: by_value([reply[name] for reply in replies], median) for name in names}
     if method == "trimmed_mean":
@@ -56,6 +67,29 @@ def merge(
         }
     chosen = sorted(krum_order(replies, names, int(values["faulty"]))[: max(1, int(values["select"]))])
     return means([replies[index] for index in chosen], names, [weights[index] for index in chosen])
+
+
+def norm_clipping(
+    replies: Sequence[Mapping[str, Raw]],
+    base: Mapping[str, Raw],
+    names: Sequence[str],
+    weights: Sequence[float],
+    bound: float = 0.0,
+) -> dict[str, Tensor]:
+    """Return the weighted mean of replies whose change is scaled down to at most `bound` (Sun et al. 2019).
+
+    Args:
+        replies: Raw words by name.
+        base: What they started from.
+        names: What is merged; the norm is over all of it.
+        weights: One per reply, above 0.
+        bound: The largest norm; 0 for the median of the replies' norms.
+    """
+    norms = change_norms(replies, base, names)
+    scales = scales_of(norms, bound if bound > 0 else float(np.median(norms)))
+    total = math.fsum(weights)
+    shares = [scale * weight / total for scale, weight in zip(scales, weights, strict=True)]
+    return {name: moved(base[name], [reply[name] for reply in replies], shares) for name in names}
 
 
 def by_value(models: Sequence[Raw], reduce: Callable[[Values], Values]) -> Tensor:
