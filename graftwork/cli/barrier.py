@@ -115,9 +115,10 @@ def barrier(
         raise usage_error("--task is missing: file.py:name or package.module:name")
     chosen = _Chosen(permutation, spec, module, family, residual, seed, quiet)
     with readable_errors():
+        from graftwork.merge.reference import local_path
         from graftwork.merge.task import load_task
 
-        loaded = load_task(task, checkpoint=a)
+        loaded = load_task(task, checkpoint=local_path(a))
         _prepare_torch(device, threads)
         pair = _read(a, b, allow_pickle, loaded, chosen if aligned or permutation is not None else None)
         curves = _measure(loaded, pair, points, split or [Split.TEST], renormalize, device, quiet)
@@ -158,9 +159,10 @@ def lmc(
     chosen = _Chosen(permutation, spec, module, family, residual, seed, quiet)
     with readable_errors():
         from graftwork.merge.alignment.analysis import analyse
+        from graftwork.merge.reference import local_path
         from graftwork.merge.task import load_task
 
-        loaded = None if task is None else load_task(task, checkpoint=a)
+        loaded = None if task is None else load_task(task, checkpoint=local_path(a))
         _prepare_torch(device, threads)
         pair = _read(a, b, allow_pickle, loaded, chosen)
         assert pair.spec is not None
@@ -246,11 +248,12 @@ class _Pair:
 def _read(a: Path, b: Path, allow_pickle: bool, task: Task | None, chosen: _Chosen | None) -> _Pair:
     """Read both checkpoints; align B to A if something was chosen."""
     from graftwork.merge.alignment.barrier import check_alike, check_finite
-    from graftwork.merge.checkpoint import Checkpoint, load_torch
+    from graftwork.merge.checkpoint import load_torch
+    from graftwork.merge.reference import open_model
 
     with contextlib.ExitStack() as stack:
         first, second = (
-            stack.enter_context(Checkpoint.open(path, allow_pickle=allow_pickle, what=name))
+            stack.enter_context(open_model(path, allow_pickle=allow_pickle, what=name))
             for path, name in ((a, "A"), (b, "B"))
         )
         models = (load_torch(first), load_torch(second))

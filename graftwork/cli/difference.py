@@ -36,13 +36,13 @@ def diff(
     """
     with readable_errors():
         from graftwork.cli.progress import ByteProgress
-        from graftwork.merge.checkpoint import Checkpoint
         from graftwork.merge.difference import compare, compared_bytes
+        from graftwork.merge.reference import open_model
         from graftwork.merge.run import usable_cores
 
         with (
-            Checkpoint.open(a, allow_pickle=allow_pickle, allow_quantised=True) as left,
-            Checkpoint.open(b, allow_pickle=allow_pickle, allow_quantised=True) as right,
+            open_model(a, allow_pickle=allow_pickle, allow_quantised=True) as left,
+            open_model(b, allow_pickle=allow_pickle, allow_quantised=True) as right,
         ):
             total = compared_bytes(left, right)
             with ByteProgress(total, shown=not quiet, what="comparing") as progress:

@@ -36,8 +36,8 @@ def doctor(
     """
     with readable_errors():
         from graftwork.cli.progress import ByteProgress
-        from graftwork.merge.checkpoint import Checkpoint
         from graftwork.merge.doctor import bytes_to_read, diagnose, part_rows
+        from graftwork.merge.reference import open_model
         from graftwork.merge.run import usable_cores
         from graftwork.merge.verify import open_output
 
@@ -45,7 +45,7 @@ def doctor(
             checkpoint = stack.enter_context(open_output(out))
             parents = {}
             for path in against or ():
-                opened = stack.enter_context(Checkpoint.open(path, allow_pickle=allow_pickle, what="--against"))
+                opened = stack.enter_context(open_model(path, allow_pickle=allow_pickle, what="--against"))
                 parents[str(path)] = opened
             with ByteProgress(bytes_to_read(checkpoint, parents), shown=not quiet, what="examining") as progress:
                 found = diagnose(checkpoint, parents, threads=threads or usable_cores(), progress=progress.advance)

@@ -24,7 +24,10 @@ _QUIET_SECONDS = 2.0
 
 
 def evaluate(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints of the tasks' model.")],
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(help="Checkpoints of the tasks' model: files, folders, ORG/NAME, or any of them+ADAPTER."),
+    ],
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,14 +52,14 @@ def evaluate(
     if not task:
         raise usage_error("--task is missing: file.py:name or package.module:name")
     with readable_errors(), contextlib.ExitStack() as stack:
-        from graftwork.merge.checkpoint import Checkpoint
         from graftwork.merge.evaluation import evaluate as run_evaluate
+        from graftwork.merge.reference import open_model
         from graftwork.merge.task import load_task
 
         opened: dict[str, Checkpoint] = {
-            str(path): stack.enter_context(Checkpoint.open(path, allow_pickle=allow_pickle)) for path in checkpoints
+            str(path): stack.enter_context(open_model(path, allow_pickle=allow_pickle)) for path in checkpoints
         }
-        tasks = [load_task(spec, checkpoint=checkpoints[0]) for spec in task]
+        tasks = [load_task(spec, checkpoint=opened[str(checkpoints[0])].path) for spec in task]
         _prepare_torch(device, threads)
         started = time.monotonic()
 

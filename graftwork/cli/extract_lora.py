@@ -46,8 +46,8 @@ def extract_lora(
 ) -> None:
     """Extract the LoRA adapter that turns a base into a fine-tuned model, and say how much each rank keeps."""
     with readable_errors():
-        from graftwork.merge.checkpoint import Checkpoint
         from graftwork.merge.extraction import ExtractionSettings, extract_adapter
+        from graftwork.merge.reference import open_model
 
         if not distribute_scale:
             tell("--no-distribute-scale has no effect here: both factors get the root of each singular value")
@@ -55,7 +55,7 @@ def extract_lora(
             rank, energy, error, epsilon, embed_lora, tuple(include or ()), tuple(exclude or ()),
             tuple(save_module or ()), skip,
         )  # fmt: skip
-        with Checkpoint.open(model, what="the model") as tuned, Checkpoint.open(base, what="the base") as plain:
+        with open_model(model, what="the model") as tuned, open_model(base, what="the base") as plain:
             result = extract_adapter(tuned, plain, out, settings, base_name=str(base), force=force)
         if as_json:
             print_json(

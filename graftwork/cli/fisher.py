@@ -123,11 +123,11 @@ def run_measurement(
         raise usage_error("--out is missing: the file to write, NAME.safetensors")
     with readable_errors():
         from graftwork.cli.evaluate import _prepare_torch
-        from graftwork.merge.checkpoint import Checkpoint
+        from graftwork.merge.reference import open_model
         from graftwork.merge.task import load_task
 
-        with Checkpoint.open(checkpoint, allow_pickle=allow_pickle) as source:
-            chosen = load_task(task)
+        with open_model(checkpoint, allow_pickle=allow_pickle) as source:
+            chosen = load_task(task, checkpoint=source.path)
             _prepare_torch(device, threads)
             with ExampleProgress(0, shown=not quiet, what="measuring") as progress:
                 return measure(source, chosen, out, progress.at)

@@ -30,10 +30,10 @@ def inspect(
     Only headers are read.
     """
     with readable_errors():
-        from graftwork.merge.checkpoint import Checkpoint
         from graftwork.merge.inspect import describe
+        from graftwork.merge.reference import open_model
 
-        with Checkpoint.open(checkpoint, allow_pickle=allow_pickle, allow_quantised=True) as opened:
+        with open_model(checkpoint, allow_pickle=allow_pickle, allow_quantised=True) as opened:
             description = describe(opened)
             entries = list(opened.tensors.values())
         if as_json:

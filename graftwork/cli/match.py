@@ -79,14 +79,14 @@ def match(
         raise usage_error(f"--restarts is for --method weights, not {method}")
     with readable_errors(), contextlib.ExitStack() as stack:
         from graftwork.merge.alignment.match import align_checkpoints, find_spec, total_bytes
-        from graftwork.merge.checkpoint import Checkpoint
+        from graftwork.merge.reference import open_model
         from graftwork.merge.task import load_task
 
         first, second = (
-            stack.enter_context(Checkpoint.open(path, allow_pickle=allow_pickle, what=name))
+            stack.enter_context(open_model(path, allow_pickle=allow_pickle, what=name))
             for path, name in ((a, "A"), (b, "B"))
         )
-        loaded = load_task(task, checkpoint=a) if task is not None else None
+        loaded = load_task(task, checkpoint=first.path) if task is not None else None
         if threads is not None:
             import torch
 

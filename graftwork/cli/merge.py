@@ -110,6 +110,21 @@ def merge(
     copy_tokenizer: Annotated[
         bool, typer.Option("--copy-tokenizer/--no-copy-tokenizer", help="Copy tokenizer files into the output.")
     ] = True,
+    tie: Annotated[
+        bool, typer.Option("--tie", help="Take the embedding for the head of a model that lacks one without saying so.")
+    ] = False,
+    keep_tied: Annotated[
+        bool,
+        typer.Option("--keep-tied", help="Let an adapter on a tied head or embedding change both, as PEFT does."),
+    ] = False,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option("--rename", metavar="OLD=NEW", help="Part of an adapter's module names in its base. Repeatable."),
+    ] = None,
+    layers_key: Annotated[
+        str | None,
+        typer.Option("--layers-key", metavar="KEY", help="Key of config.json with the number of the sliced layers."),
+    ] = None,
     write_model_card: Annotated[
         bool, typer.Option("--write-model-card/--no-write-model-card", help="Write README.md into the output.")
     ] = True,
@@ -202,6 +217,10 @@ def merge(
             strict=strict,
             seed=seed,
             copy_tokenizer=copy_tokenizer,
+            tie=tie,
+            keep_tied=keep_tied,
+            rename=tuple(_renaming(item) for item in rename or ()),
+            layers_key=layers_key,
             cache=cache,
             offline=offline,
         )
@@ -230,6 +249,13 @@ def merge(
         finally:
             watcher.stop()
         _report(result, watcher, as_json=as_json, quiet=quiet, verbose=verbose > 0)
+
+
+def _renaming(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not old or not equals:
+        raise usage_error(f'--rename "{text}" is not OLD=NEW, such as --rename vit.layers=vit.encoder.layer')
+    return old, new
 
 
 def _answer_mergekit(given: dict[str, Any]) -> None:

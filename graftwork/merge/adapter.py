@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from graftwork.merge.checkpoint import (
     shown,
 )
 from graftwork.merge.errors import CheckpointError
+from graftwork.merge.tokens import VOCABULARY_FILES
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -83,6 +84,7 @@ class _Adapter:
     folder: Path
     config: dict[str, Any]
     weights: Checkpoint
+    rename: tuple[tuple[str, str], ...] = ()
     changes: dict[str, _Change] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -90,7 +92,15 @@ class _Adapter:
         return CheckpointError(f"cannot use the adapter {quoted(self.folder)}: {problem}")
 
 
-def open_adapted(base: Checkpoint, folder: Path, *, what: str = "", allow_pickle: bool = False) -> Checkpoint:
+def open_adapted(
+    base: Checkpoint,
+    folder: Path,
+    *,
+    what: str = "",
+    allow_pickle: bool = False,
+    keep_tied: bool = False,
+    rename: Sequence[tuple[str, str]] = (),
+) -> Checkpoint:
     """Return a base with a LoRA adapter as one checkpoint, which closes both.
 
     Args:
@@ -98,6 +108,9 @@ def open_adapted(base: Checkpoint, folder: Path, *, what: str = "", allow_pickle
         folder: The adapter's folder, with `adapter_config.json`.
         what: The recipe key that named it, for messages.
         allow_pickle: Read `adapter_model.bin`.
+        keep_tied: Let a change of one of two tied tensors, head and embedding, be a change of both, as PEFT's
+            `merge_and_unload` does; else they are separate from there on, as in the model that was trained.
+        rename: Parts of the adapter's module names and what stands for them in the base, applied in this order.
 
     Raises:
         CheckpointError: The adapter cannot be read, is of a kind that is no sum of matrices, or does not fit the base.
@@ -112,10 +125,10 @@ def open_adapted(base: Checkpoint, folder: Path, *, what: str = "", allow_pickle
         raise CheckpointError(f"cannot use the adapter {quoted(folder)}: it has no {_WEIGHTS[0]}; fetch it")
     weights = Checkpoint.open(file, allow_pickle=allow_pickle, what="the adapter")
     try:
-        adapter = _Adapter(folder, config, weights)
+        adapter = _Adapter(folder, config, weights, tuple(rename))
         _refuse(adapter)
         _read_keys(adapter, base)
-        return _combined(adapter, base)
+        return _combined(adapter, base, keep_tied=keep_tied)
     except BaseException:
         weights.close()
         raise
@@ -178,6 +191,8 @@ def _read_keys(adapter: _Adapter, base: Checkpoint) -> None:
 
 def _tensor_of(adapter: _Adapter, base: Checkpoint, module: str, part: str, key: str) -> str:
     """Return the base's tensor that belongs to a module of the adapter."""
+    for old, new in adapter.rename:
+        module = module.replace(old, new)
     name = f"{module}.{part}"
     rest = name.partition(".")[2]
     for candidate in (name, rest, f"model.{name}"):
@@ -191,7 +206,8 @@ def _tensor_of(adapter: _Adapter, base: Checkpoint, module: str, part: str, key:
     what = "several tensors of the base have that ending" if ends else "the base has no such tensor"
     raise adapter.error(
         f"{quoted(key)} belongs to {quoted(name)}, but {what}; adapters use the module names of the library that "
-        "trained them: merge it with PEFT in that version, or give the base that it was trained on"
+        "trained them: give the base that it was trained on, or say with --rename OLD=NEW what a part of a name is "
+        "in the base"
     )
 
 
@@ -236,20 +252,27 @@ def _lends_head(base: Checkpoint) -> TensorEntry | None:
     return found[0] if tied is True and not heads and len(found) == 1 else None
 
 
-def _combined(adapter: _Adapter, base: Checkpoint) -> Checkpoint:
+def _combined(adapter: _Adapter, base: Checkpoint, *, keep_tied: bool) -> Checkpoint:
     """Return the checkpoint of effective weights."""
     computed: dict[str, tuple[TensorEntry, ReadRange]] = {}
     lent = _lends_head(base)
     config = base.config
     notes = []
-    separate = lent is not None and (_HEAD in adapter.changes or lent.name in adapter.changes)
-    if separate and lent is not None:
+    rows = lent.shape[0] if lent is not None else 0
+    if lent is not None and keep_tied and _HEAD in adapter.changes:
+        if lent.name in adapter.changes:
+            raise adapter.error(f"it changes {quoted(lent.name)} and {quoted(_HEAD)}, which the base ties; --keep-tied")
+        adapter.changes[lent.name] = adapter.changes.pop(_HEAD)
+    whole = adapter.changes[lent.name].replaced_by if lent is not None and lent.name in adapter.changes else ""
+    # An embedding with more rows was made before training, and its head with it.
+    resized = bool(whole) and adapter.weights.tensors[whole].shape[:1] != (rows,)
+    if lent is not None and not keep_tied and not resized and {_HEAD, lent.name} & adapter.changes.keys():
         computed[_HEAD] = replace(lent, name=_HEAD), partial(base.read_into, lent)
         config = {**(config or {}), "tie_word_embeddings": False}
         which = "head" if _HEAD in adapter.changes else "embedding"
         notes.append(
             f"the adapter {quoted(adapter.folder.name)} changes only the {which}, which the base ties: head and "
-            "embedding are separate tensors from here on"
+            "embedding are separate tensors from here on (--keep-tied changes both, as PEFT does)"
         )
     stored: dict[str, str] = {}
     for name, change in sorted(adapter.changes.items()):
@@ -263,6 +286,8 @@ def _combined(adapter: _Adapter, base: Checkpoint) -> Checkpoint:
                     f"{quoted(change.replaced_by)} has the shape {list(saved.shape)}, {quoted(name)} of the base "
                     f"{list(entry.shape)}"
                 )
+            if saved.shape[:1] != entry.shape[:1] and config is not None and "vocab_size" in config:
+                config = {**config, "vocab_size": saved.shape[0]}
             entry, read = replace(saved, name=name), partial(adapter.weights.read_into, saved)
         if change.left:
             entry, read = _adapted(adapter, change, name, entry, read)
@@ -273,7 +298,11 @@ def _combined(adapter: _Adapter, base: Checkpoint) -> Checkpoint:
         notes.append(
             f"the adapter {quoted(adapter.folder.name)} says that its base is {quoted(wanted)}, not {quoted(folder)}"
         )
-    return CheckpointView(base, computed, stored=stored, config=config, notes=notes, closes=[adapter.weights])
+    has_tokenizer = any((adapter.folder / name).is_file() for name in VOCABULARY_FILES)
+    return CheckpointView(
+        base, computed, stored=stored, config=config, notes=notes, closes=[adapter.weights],
+        tokenizer_folder=adapter.folder if has_tokenizer else None,
+    )  # fmt: skip
 
 
 def _adapted(

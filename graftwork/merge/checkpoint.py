@@ -426,6 +426,8 @@ class Checkpoint:
         """Use `Checkpoint.open`."""
         self.path = path
         self.folder = folder
+        self.tokenizer_folder = folder
+        """Where the files of the tokenizer are: in the folder, unless an adapter has its own."""
         self.tensors = MappingProxyType({entry.name: entry for entry in sorted(entries, key=lambda e: e.name)})
         self.metadata = MappingProxyType(dict(metadata or {}))
         self.config = None if config is None else MappingProxyType(dict(config))
@@ -568,6 +570,7 @@ class CheckpointView(Checkpoint):
         config: The configuration, if it is another one.
         notes: What a user may want to know besides the original's notes.
         closes: Further checkpoints that are closed with it; the original always is.
+        tokenizer_folder: Where the files of the tokenizer are, if not where the original has them.
     """
 
     def __init__(
@@ -579,6 +582,7 @@ class CheckpointView(Checkpoint):
         config: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
         closes: Sequence[Checkpoint] = (),
+        tokenizer_folder: Path | None = None,
     ) -> None:
         every: dict[str, tuple[TensorEntry, ReadRange]] = {
             **{name: (entry, partial(original.read_into, entry)) for name, entry in original.tensors.items()},
@@ -590,6 +594,7 @@ class CheckpointView(Checkpoint):
             config=original.config if config is None else config, notes=[*original.notes, *notes],
             aliases=original.aliases, stored={**stored, **original.stored}, parts=original.parts,
         )  # fmt: skip
+        self.tokenizer_folder = tokenizer_folder or original.tokenizer_folder
         self._originals = (original, *closes)
 
     def close(self) -> None:

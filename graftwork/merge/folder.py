@@ -417,9 +417,12 @@ def _layers_key(
             if key in level
         ]
         seen = f" (there is {', '.join(present)})" if present else ""
-        raise CheckpointError(f"{doing}: no known key{layers}{seen}; merge whole models with `models:`")
+        raise CheckpointError(f"{doing}: no known key{layers}{seen}; name it with --layers-key")
     keys = ", ".join(f"{place}{key}" for place, key, _ in found)
-    raise CheckpointError(f"{doing}: several keys{layers}: {keys}; name the part that is sliced with `modules:`")
+    raise CheckpointError(
+        f"{doing}: several keys{layers}: {keys}; choose with --layers-key, or name the part that is sliced "
+        "with `modules:`"
+    )
 
 
 def _check_rules(

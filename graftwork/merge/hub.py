@@ -110,6 +110,28 @@ def localised(recipe: Recipe, hub: Hub) -> Recipe:
     return _mapped(recipe, local)
 
 
+def located(reference: ModelReference, hub: Hub, what: str) -> ModelReference:
+    """Return one reference whose repositories, if it names any, have folders on this machine.
+
+    Args:
+        reference: The reference.
+        hub: How repositories are found.
+        what: What the model is called in messages.
+
+    Raises:
+        CheckpointError: A repository cannot be had.
+    """
+    adapter = None if reference.adapter is None else located(reference.adapter, hub, what)
+    if reference.hub is None or reference.path is not None:
+        return replace(reference, adapter=adapter)
+    try:
+        side = _snapshot(hub, reference.hub, reference.revision, weights=False)
+        found = _snapshot(hub, reference.hub, side.commit, weights=True)
+    except CheckpointError as error:
+        raise CheckpointError(*(f"cannot open {what}: {problem}" for problem in error.problems)) from None
+    return replace(reference, path=found.path, commit=found.commit, adapter=adapter)
+
+
 def _wanted(recipe: Recipe) -> Iterator[tuple[tuple[str, str | None], tuple[str, bool]]]:
     """Yield the repositories that are not found yet: where the recipe names one, and whether weights are needed."""
     named = [(reference, "tokenizer", False) for reference in _tokenizer_references(recipe.tokenizer)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -33,7 +34,7 @@ from graftwork.merge.modules import layers_key, owner_of, section
 from graftwork.merge.parameters import ParameterProblem, position, resolve, scopes, unmatched_filters
 from graftwork.merge.problems import show
 from graftwork.merge.recipe import ModelReference, Recipe, Slice, Source
-from graftwork.merge.tokenizer_plan import TokenizerPlan, plan_tokenizer
+from graftwork.merge.tokenizer_plan import TokenizerPlan, differing_tokens, plan_tokenizer
 from graftwork.merge.tokens import TOKENIZER_FILES, read_vocabulary
 from graftwork.merge.writer import OutputTensor
 
@@ -49,6 +50,8 @@ _EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
+
+_HEAD_WORD = re.compile(r"(^|[._])(lm_head|embed_out|output|head|cls|score|logits)(\.|$)")
 
 _COMPARED = 1 << 20
 """Integer tensors of up to this many bytes are compared while planning; larger ones count as different."""
@@ -71,6 +74,10 @@ class Options:
         strict: Treat warnings about the recipe as errors.
         seed: Seed of random masks where the recipe gives none.
         copy_tokenizer: Take tokenizer files over from the donor.
+        tie: Take the embedding for the head of a model that stores none and does not say that it ties them.
+        keep_tied: Let an adapter's change of head or embedding be a change of both where the base ties them.
+        rename: Parts of the module names of adapters and what stands for them in their bases.
+        layers_key: The key of `config.json` with the number of layers, where it cannot be told.
         cache: Root of the cache of the hub's repositories; None for where its own library has it.
         offline: Fetch nothing; use what is in that cache.
     """
@@ -84,6 +91,10 @@ class Options:
     strict: bool = False
     seed: int | None = None
     copy_tokenizer: bool = True
+    tie: bool = False
+    keep_tied: bool = False
+    rename: tuple[tuple[str, str], ...] = ()
+    layers_key: str | None = None
     # Where repositories are found does not decide the result, and must not show in the plan's digest.
     cache: Path | None = field(default=None, repr=False)
     offline: bool = field(default=False, repr=False)
@@ -360,6 +371,7 @@ class _Planner:
         self.places = {reference: number for number, reference in enumerate(self.inputs)}
         self.stacks = [find_stacks(checkpoint.tensors) for checkpoint in self.checkpoints]
         self.lent = False
+        self.headless: set[int] = set()
         self.tokenizer: TokenizerPlan | None = None
         self._scalars: dict[tuple[int, str, str], Any] = {}
         self._pooled: dict[str, dict[str, Any]] = {}
@@ -433,10 +445,11 @@ class _Planner:
         self._compare_parts()
         if recipe.sliced and self.method.task_masks is not None:
             raise RecipeError(f'slices: "{recipe.method}" writes masks of whole models; give them under `models`')
+        self._check_heads()
         for item in self._modular() if recipe.modules else self._wanted(recipe.slices):
             self._add(item)
         self._account()
-        unmatched = self._unmatched()
+        unmatched = [*self._unmatched(), *self._strange_tokens()]
         if self.problems:
             raise MismatchError(*dict.fromkeys(self.problems), *self.hints)
         if self._failed:
@@ -703,8 +716,30 @@ class _Planner:
         return found[0] if len(found) == 1 else None
 
     def _ties(self, reference: ModelReference) -> bool:
-        """Return whether a model's configuration says that its head is its embedding."""
-        return _tie_flag(self.checkpoints[self.places[reference]].config or {}) is True
+        """Return whether a model's configuration says that its head is its embedding, or it is taken for it."""
+        place = self.places[reference]
+        return place in self.headless or _tie_flag(self.checkpoints[place].config or {}) is True
+
+    def _check_heads(self) -> None:
+        """Refuse models that say they have a head of their own and store none: libraries would make it at random."""
+        for place, checkpoint in enumerate(self.checkpoints[: len(self.inputs)]):
+            config = checkpoint.config or {}
+            kinds = config.get("architectures")
+            kind = kinds[0] if isinstance(kinds, list) and kinds else None
+            if not isinstance(kind, str) or not kind.endswith(("ForCausalLM", "LMHeadModel")):
+                continue
+            if _tie_flag(config) is not False or any(_HEAD_WORD.search(name) for name in checkpoint.tensors):
+                continue
+            if not any(_ends_with(name, _EMBEDDINGS) for name in checkpoint.tensors):
+                continue
+            if self.options.tie:
+                self.headless.add(place)
+                continue
+            self.problems.append(
+                f"cannot merge {self.labels[place]}: its config.json says that its head is not its embedding "
+                "(tie_word_embeddings is false), but it stores no head; fetch it whole, or take the embedding for its "
+                "head with --tie"
+            )
 
     def _tie_word_embeddings(self) -> bool | None:
         """Return what the output's configuration must say of its head, or None to leave what it says."""
@@ -717,6 +752,19 @@ class _Planner:
         group = self.recipe.slices[-1]
         tied = all(self._lent(source.model, _HEADS[0]) is not None for source in group.sources)
         return True if donor is False and tied else None
+
+    def _strange_tokens(self) -> list[str]:
+        """Warn if rows of embeddings are merged that mean different tokens, and return these warnings."""
+        if self.tokenizer is not None:
+            return []
+        merged = {item.model for step in self.steps if _is_vocabulary(step) for item in step.inputs}
+        places = [place for place in range(len(self.inputs)) if place in merged]
+        try:
+            found = differing_tokens([self.checkpoints[p] for p in places], [self.labels[p] for p in places])
+        except (CheckpointError, OSError) as error:
+            found = [f"cannot compare the models' tokenizers: {error}"]
+        self.warnings.extend(found)
+        return found
 
     def _is_tied_head(self, step: Step) -> bool:
         """Return whether a head that is stored is a second copy of the embedding in all models it comes from."""
@@ -788,6 +836,22 @@ class _Planner:
         if hint not in self.hints:
             self.hints.append(hint)
 
+    def _hint_at_tokenizers(
+        self, name: str, held: Mapping[ModelReference, TensorEntry], donor: tuple[ModelReference, TensorEntry] | None
+    ) -> None:
+        """Say once what to do about vocabularies of different sizes."""
+        if not _ends_with(name, (*_EMBEDDINGS, *_HEADS)):
+            return
+        sizes = ", ".join(f"{self.labels[self.places[ref]]} has {entry.shape[0]} rows" for ref, entry in held.items())
+        keeps = "" if donor is None else f" ({self.labels[self.places[donor[0]]]}'s)"
+        hint = (
+            f"their vocabularies differ ({sizes}): merge them by token with `tokenizer: {{source: union}}`, keep one "
+            f"with `tokenizer: {{source: base}}`{keeps} or the name of a model, or leave embeddings and head unmerged "
+            "with `exclude`"
+        )
+        if not any(hint.startswith("their vocabularies") for hint in self.hints):
+            self.hints.append(hint)
+
     def _accept_shapes(
         self,
         wanted: _Wanted,
@@ -796,6 +860,8 @@ class _Planner:
     ) -> bool:
         shapes = ", ".join(f"{self.labels[self.places[ref]]} has {list(entry.shape)}" for ref, entry in held.items())
         if self.options.on_mismatch == "error":
+            if self.tokenizer is None:
+                self._hint_at_tokenizers(wanted.name, held, donor)
             self.problems.append(
                 f'cannot merge "{wanted.name}": {shapes}; leave it unmerged with `exclude: ["{wanted.name}"]`, or use '
                 "--on-mismatch base or --on-mismatch skip"
@@ -1090,11 +1156,16 @@ class _Planner:
                 text,
                 layer_sources=layers,
                 stack_count=donor_stack.count if donor_stack else None,
-                layers_key=layers_key(module, donor.config) if module else None,
+                layers_key=self.options.layers_key or (layers_key(module, donor.config) if module else None),
                 section=section(module, donor.config) if module else None,
                 notes=notes,
             )
-        edited = output_config(text, dtype=dtype, tie_word_embeddings=self._tie_word_embeddings(), notes=notes)
+        # An adapter may have brought an embedding with more rows.
+        own, stored = donor.config.get("vocab_size"), parse_json(text).get("vocab_size")
+        edited = output_config(
+            text, dtype=dtype, tie_word_embeddings=self._tie_word_embeddings(), notes=notes,
+            vocab_size=own if isinstance(own, int) and own != stored else None,
+        )  # fmt: skip
         if self.tokenizer is not None:
             edited = self.tokenizer.edited(edited, "config.json")
             notes.extend(self.tokenizer.notes)
@@ -1104,10 +1175,10 @@ class _Planner:
     def _chat_template(self) -> str | None:
         if self.recipe.chat_template is None:
             return None
-        donor = self.checkpoints[self.places[self.recipe.donor]].folder
+        donor = self.checkpoints[self.places[self.recipe.donor]].tokenizer_folder
         if donor is None or read_vocabulary(donor) is None:
             raise MismatchError("chat_template: the output has no tokenizer files to go with it; leave the key out")
-        folders = [checkpoint.folder for checkpoint in self.checkpoints if checkpoint.folder is not None]
+        folders = [file.tokenizer_folder for file in self.checkpoints if file.tokenizer_folder is not None]
         text = chosen_template(self.recipe.chat_template, folders)
         if "<|im_start|>" in text and "<|im_start|>" not in self._tokens(donor):
             self.warnings.append(
@@ -1138,6 +1209,11 @@ def _is_head(name: str) -> bool:
     return name in _TOP_HEADS or _ends_with(name, _HEADS)
 
 
+def _is_vocabulary(step: Step) -> bool:
+    """Return whether a step merges rows of tokens."""
+    return step.program is not None and len(step.inputs) > 1 and _ends_with(step.name, (*_EMBEDDINGS, *_HEADS))
+
+
 def _tie_flag(config: Mapping[str, Any]) -> object:
     """Return what a configuration says of ties between head and embedding; None if nothing."""
     text = config.get("text_config")
@@ -1164,6 +1240,11 @@ def donor_files(plan: Plan) -> dict[str, bytes | Path]:
     files: dict[str, bytes | Path] = {
         str(name): folder / name for name in side_files(folder, copy_tokenizer=plan.options.copy_tokenizer)
     }
+    tokenizer = plan.checkpoints[plan.donor].tokenizer_folder
+    if tokenizer is not None and tokenizer != folder and plan.options.copy_tokenizer:
+        own_names = [name for name in (*TOKENIZER_FILES, "chat_template.jinja") if (tokenizer / name).is_file()]
+        files = {name: path for name, path in files.items() if name not in TOKENIZER_FILES}
+        files.update({name: tokenizer / name for name in own_names})
     for part, own in plan.parts.items():
         if own.config is None or not {"torch_dtype", "dtype"} & own.config.keys():
             continue
@@ -1235,7 +1316,10 @@ def open_input(reference: ModelReference, path: Path, options: Options, *, what:
     if reference.adapter is None or reference.adapter.path is None:
         return checkpoint
     try:
-        return open_adapted(checkpoint, reference.adapter.path, what=what, allow_pickle=options.allow_pickle)
+        return open_adapted(
+            checkpoint, reference.adapter.path, what=what, allow_pickle=options.allow_pickle,
+            keep_tied=options.keep_tied, rename=options.rename,
+        )  # fmt: skip
     except BaseException:
         checkpoint.close()
         raise

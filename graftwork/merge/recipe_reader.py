@@ -593,9 +593,6 @@ class _DocumentReader:
             self.report.problem("tokenizer_source", "stands beside tokenizer; give only one of them")
         if "modules" not in values:
             return
-        for key in ("tokenizer", "tokenizer_source"):
-            if key in values:
-                self.report.problem(key, "not yet together with modules; write models or slices at the root")
         if self.method is not None and (self.method.statistics or self.method.shared):
             self.report.problem(
                 "modules", f'"{self.method.name}" is for whole models only: write `models:` at the root'

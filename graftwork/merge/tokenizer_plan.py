@@ -12,10 +12,12 @@ import numpy as np
 
 from graftwork.merge.checkpoint import Checkpoint, TensorEntry, listed, parse_json, quoted
 from graftwork.merge.errors import MismatchError
-from graftwork.merge.layers import is_head_side
+from graftwork.merge.layers import find_stacks, is_head_side
+from graftwork.merge.modules import owner_of
 from graftwork.merge.recipe import ModelReference, Recipe, Slice
 from graftwork.merge.token_rows import RowPlan, RowRule, RowView, viewed
 from graftwork.merge.tokens import (
+    TOKENIZER_FILES,
     OutputVocabulary,
     Vocabulary,
     read_vocabulary,
@@ -112,6 +114,38 @@ def plan_tokenizer(
     return _Tokens(recipe, references, checkpoints, labels).plan()
 
 
+def differing_tokens(checkpoints: Sequence[Checkpoint], labels: Sequence[str]) -> list[str]:
+    """Return a line for each model in which ids mean other tokens than in the first, from the tokenizers' files.
+
+    Models without a tokenizer that can be read are left out, and so are ids that only one of two models has.
+    """
+    known: list[tuple[str, dict[str, bytes], Path]] = []
+    for checkpoint, label in zip(checkpoints, labels, strict=True):
+        folder = checkpoint.tokenizer_folder
+        if folder is None:
+            continue
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        if known and files == known[0][1]:
+            continue  # as nearly always, and large files are slow to parse
+        known.append((label, files, folder))
+    lines: list[str] = []
+    if len(known) < 2:
+        return lines
+    found = [(label, read_vocabulary(folder)) for label, _, folder in known]
+    readable = [(label, {n: token for token, n in own.ids.items()}) for label, own in found if own is not None]
+    for label, tokens in readable[1:]:
+        first, own = readable[0]
+        other = [number for number in sorted(own.keys() & tokens.keys()) if own[number] != tokens[number]]
+        if other:
+            shown = ", ".join(f"{n} is {quoted(own[n])} and {quoted(tokens[n])}" for n in other[:3])
+            more = ", …" if len(other) > 3 else ""
+            lines.append(
+                f"{len(other)} ids mean other tokens in {label} than in {first} ({shown}{more}), and embeddings are "
+                "merged by id; write `tokenizer: {source: union}` to merge them by token"
+            )
+    return lines
+
+
 class _Tokens:
     def __init__(
         self, recipe: Recipe, references: Sequence[ModelReference], checkpoints: Sequence[Checkpoint],
@@ -127,7 +161,8 @@ class _Tokens:
 
     def plan(self) -> TokenizerPlan:
         for checkpoint, tensors, label in zip(self.checkpoints, self.tensors, self.labels, strict=True):
-            found = None if checkpoint.folder is None else read_vocabulary(checkpoint.folder)
+            place = checkpoint.tokenizer_folder
+            found = None if place is None else read_vocabulary(place)
             if found is None:
                 self.problems.append(f"cannot merge tokenizers: {label} has no tokenizer files; leave `tokenizer` out")
                 continue
@@ -149,8 +184,8 @@ class _Tokens:
             raise MismatchError(*self.problems)
         files = output.files()
         donor = self.references.index(self.recipe.donor)
-        ids = {} if output.donor.folder == self.checkpoints[donor].folder else self._ids(donor, output)
-        other = next((c.config for c in self.checkpoints if c.folder == output.donor.folder), None)
+        ids = {} if output.donor.folder == self.checkpoints[donor].tokenizer_folder else self._ids(donor, output)
+        other = next((c.config for c in self.checkpoints if c.tokenizer_folder == output.donor.folder), None)
         return TokenizerPlan(
             output,
             size,
@@ -186,15 +221,16 @@ class _Tokens:
     def _views(self, output: OutputVocabulary, size: int) -> list[dict[str, RowView]]:
         views: list[dict[str, RowView]] = [{} for _ in self.checkpoints]
         for name in dict.fromkeys(name for tensors in self.tensors for name in tensors):
-            group = self.recipe.slices[-1] if is_head_side(name) else self.recipe.slices[0]
-            models = [self.references.index(source.model) for source in group.sources]
+            group = self._group(name)
+            sources = () if group is None else group.sources
+            models = [self.references.index(source.model) for source in sources]
             models = [place for place in dict.fromkeys(models) if name in self.tensors[place]]
             donor = self.references.index(self.recipe.donor)
             if not models and name in self.tensors[donor]:
                 models = [donor]
             if not models:
                 continue
-            base = self._base_among(group, models)
+            base = None if group is None else self._base_among(group, models)
             rows = np.full((len(models), output.size), -1, np.int64)
             for number, place in enumerate(models):
                 ids = self.vocabularies[place].ids
@@ -211,10 +247,21 @@ class _Tokens:
                     f'{len(missing)} tokens have no row in any model for "{name}" and get zeros: {listed(missing)}'
                 )
             plan = RowPlan(rows, base, rules, size)
-            sources = [(self.checkpoints[place], self.tensors[place][name]) for place in models]
+            read = [(self.checkpoints[place], self.tensors[place][name]) for place in models]
             for number, place in enumerate(models):
-                views[place][name] = RowView(plan, number, sources)
+                views[place][name] = RowView(plan, number, read)
         return views
+
+    def _group(self, name: str) -> Slice | None:
+        """Return which slice a tensor of tokens is made of; None if it belongs to no module and is copied."""
+        groups: Sequence[Slice] | None = self.recipe.slices
+        if self.recipe.modules:
+            stacks = find_stacks(
+                dict.fromkeys(known for checkpoint in self.checkpoints for known in checkpoint.tensors)
+            )
+            owner = owner_of(name, self.recipe.modules, stacks)
+            groups = None if owner is None else self.recipe.modules[owner]
+        return None if groups is None else groups[-1] if is_head_side(name) else groups[0]
 
     def _base_among(self, group: Slice, models: Sequence[int]) -> int | None:
         base = group.base or self.recipe.base

@@ -17,6 +17,7 @@ from graftwork.merge import load_recipe, make_plan, merge
 from graftwork.merge.adapter import open_adapted
 from graftwork.merge.checkpoint import Checkpoint, load_numpy
 from graftwork.merge.errors import CheckpointError, RecipeError
+from graftwork.merge.plan import Options
 
 RANK = 3
 SHAPES = {
@@ -206,6 +207,78 @@ def test_an_adapter_on_one_of_two_tied_tensors_unties_them(base: Path, tmp_path:
     a, b = (value.double().numpy() for value in on_head.values())
     assert np.array_equal(found["model.embed_tokens.weight"], old)
     assert np.abs(found["lm_head.weight"] - old - 2 * (b @ a)).max() < 1e-6
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_on_request_a_change_of_one_of_two_tied_tensors_is_a_change_of_both(
+    base: Path, tmp_path: Path, module: str
+) -> None:
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True}))
+    tensors = {
+        name: random(n, *shape).bfloat16() for n, (name, shape) in enumerate(SHAPES.items()) if "head" not in name
+    }
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    change = factors(module, 11, 8)
+    adapter(tmp_path / "a", change)
+    (tmp_path / "recipe.yml").write_text(
+        f"merge_method: passthrough\ndtype: float32\nmodels: [{{model: {base}+{tmp_path}/a}}]"
+    )
+    merge(tmp_path / "recipe.yml", tmp_path / "out", options=Options(keep_tied=True))
+    with Checkpoint.open(tmp_path / "out") as out:
+        found = load_numpy(out)
+        assert out.config is not None
+        assert out.config["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in found
+    a, b = (value.double().numpy() for value in change.values())
+    old = tensors["model.embed_tokens.weight"].double().numpy()
+    assert np.abs(found["model.embed_tokens.weight"] - old - 2 * (b @ a)).max() < 1e-6
+
+
+def test_module_names_of_another_library_version_are_renamed(base: Path, tmp_path: Path) -> None:
+    tensors = factors("net.blocks.0.fc1", 16, 8)
+    folder = adapter(tmp_path / "a", tensors, alpha_pattern={"fc1": 9})
+    with Checkpoint.open(base) as model, pytest.raises(CheckpointError, match="--rename OLD=NEW"):
+        open_adapted(model, folder)
+    renames = [("net.blocks", "model.layers"), ("fc1", "up")]
+    with open_adapted(Checkpoint.open(base), folder, rename=renames) as checkpoint:
+        found = load_numpy(checkpoint)["model.layers.0.up.weight"]
+    a, b = (value.double().numpy() for value in tensors.values())
+    wanted = plain(base)["model.layers.0.up.weight"] + 3.0 * (b @ a)  # patterns speak of the adapter's own names
+    assert np.abs(found - wanted).max() < 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_with_more_tokens_brings_its_rows_its_tokenizer_and_their_number(
+    base: Path, tmp_path: Path, tied: bool
+) -> None:
+    config = {"model_type": "llama", "tie_word_embeddings": tied, "vocab_size": 11}
+    (base / "config.json").write_text(json.dumps(config))
+    if tied:
+        tensors = {n: random(i, *s).bfloat16() for i, (n, s) in enumerate(SHAPES.items()) if "head" not in n}
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    words = {f"t{number}": number for number in range(13)}
+    for folder, count in ((base, 11), (tmp_path / "a", 13)):
+        folder.mkdir(exist_ok=True)
+        vocabulary = {"type": "WordLevel", "vocab": dict(list(words.items())[:count])}
+        (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": vocabulary}))
+    (base / "special_tokens_map.json").write_text("{}")
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    larger = {"model.embed_tokens.weight": random(70, 13, 8), "lm_head.weight": random(71, 13, 8)}
+    if tied:
+        del larger["lm_head.weight"]
+    adapter(tmp_path / "a", larger | factors("model.layers.0.up", 16, 8))
+    (tmp_path / "recipe.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: {base}+{tmp_path}/a}}]")
+    merge(tmp_path / "recipe.yml", tmp_path / "out")
+    out = tmp_path / "out"
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "a" / "tokenizer.json").read_bytes()
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (out / "special_tokens_map.json").exists()  # it was the base's
+    written = json.loads((out / "config.json").read_text())
+    assert (written["vocab_size"], written["tie_word_embeddings"]) == (13, tied)
+    with Checkpoint.open(out) as checkpoint:
+        shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    assert shapes["model.embed_tokens.weight"] == (13, 8)
+    assert shapes.get("lm_head.weight") == (None if tied else (13, 8))
 
 
 REFUSED = [

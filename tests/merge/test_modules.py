@@ -175,8 +175,6 @@ def test_modules_that_are_not_there_are_named(modules: dict[str, Any], said: str
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"tokenizer": {"source": "base"}}, "tokenizer: not yet together with modules"),
-        ({"tokenizer_source": "union"}, "tokenizer_source: not yet together with modules"),
         ({"align": {"to": "first"}}, "align: goes with whole models only"),
     ],
 )
@@ -184,6 +182,39 @@ def test_what_modules_cannot_have_is_said(more: dict[str, Any], said: str) -> No
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe({"text_decoder": models(1, 1)}, **more))
     assert any(problem.startswith(said) for problem in caught.value.problems), caught.value.problems
+
+
+def tokens(folder: str, words: list[str]) -> None:
+    """Give a model a tokenizer, and an embedding and a head whose row n is n + 1, or ten times that of B."""
+    model = {"type": "WordLevel", "vocab": {word: number for number, word in enumerate(words)}}
+    Path(folder, "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": model}))
+    with Checkpoint.open(folder) as checkpoint:
+        tensors = load_numpy(checkpoint)
+        config = dict(checkpoint.config or {})
+    scale = 1.0 if folder == "A" else 10.0
+    rows = np.repeat(scale * np.arange(1.0, len(words) + 1, dtype=np.float32)[:, None], 2, axis=1)
+    tensors |= {"model.language_model.embed_tokens.weight": rows, "lm_head.weight": rows}
+    save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+    config["text_config"] = {**config["text_config"], "vocab_size": len(words)}
+    Path(folder, "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("text_is_merged", [True, False])
+def test_tokenizers_of_towers_are_united(text_is_merged: bool) -> None:
+    tokens("A", ["a", "b", "c"])
+    tokens("B", ["c", "d"])
+    vision = {"vision_tower": models(1, 3)}
+    merge(recipe({"text_decoder": models(1, 1), **vision} if text_is_merged else vision, tokenizer={}), "out")
+    with Checkpoint.open("out") as checkpoint:
+        found = load_numpy(checkpoint)
+    # The word that both have is the mean, or the donor's where the text tower is copied; the others have one owner.
+    wanted = [1, 2, 6.5, 20] if text_is_merged else [1, 2, 3, 0]
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        assert found[name][:, 0].tolist() == wanted
+    assert found["model.visual.blocks.0.w.weight"][0, 0] == 7.75
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["text_config"]["vocab_size"] == 4
+    assert "vocab_size" not in config
 
 
 def test_encoders_and_decoders_own_what_is_theirs() -> None:

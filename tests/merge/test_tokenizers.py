@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from graftwork.merge import load_recipe, make_plan, merge
 from graftwork.merge.checkpoint import Checkpoint, load_numpy
 from graftwork.merge.errors import MismatchError, RecipeError
+from graftwork.merge.plan import Options
 from graftwork.merge.tokens import read_vocabulary, same_vocabulary, union_vocabulary
 
 WIDTH = 4
@@ -229,6 +230,38 @@ def test_a_model_without_a_tokenizer_is_named(models: Path) -> None:
         Path("two", name).unlink()
     with pytest.raises(MismatchError, match="two has no tokenizer files"):
         make_plan(load_recipe(recipe("tokenizer: {}")).recipes[0])
+
+
+def test_equally_large_vocabularies_with_other_tokens_are_a_warning(models: Path) -> None:
+    model(Path("same"), 3, ONE, ["<s>", "</s>"])
+    other = model(Path("other"), 4, [*ONE[:5], "new", "words", *ONE[7:]], ["<s>", "</s>"])
+    assert not strange_tokens("", "one", "same")
+    (line,) = strange_tokens("", "one", "same", "other")
+    assert line.startswith('2 ids mean other tokens in other than in one (5 is "t5" and "new", 6 is "t6" and "words")')
+    with pytest.raises(RecipeError, match="2 ids mean other tokens"):
+        make_plan(load_recipe("recipe.yml").recipes[0], Options(strict=True))
+    assert not strange_tokens("tokenizer: {}", "one", "other")
+    assert not strange_tokens("tokenizer: {source: base}", "one", "other")
+    (other / "tokenizer.json").write_text("{")  # no obstacle to a merge that leaves tokens alone
+    (line,) = strange_tokens("", "same", "other")
+    assert line.startswith("cannot compare the models' tokenizers")
+
+
+def strange_tokens(tokenizer: str, *models: str) -> list[str]:
+    """Return what the plan of a merge warns of that has to do with tokens of different meaning."""
+    plan = make_plan(load_recipe(recipe(tokenizer, models=models)).recipes[0])
+    plan.close()
+    return [line for line in plan.warnings if "mean other tokens" in line or "cannot compare" in line]
+
+
+def test_vocabularies_of_other_sizes_are_an_error_with_the_ways_out(models: Path) -> None:
+    with pytest.raises(MismatchError) as caught:
+        make_plan(load_recipe(recipe("")).recipes[0])
+    *problems, hint = caught.value.problems
+    assert len(problems) == 2
+    assert "one has 22 rows, two has 15 rows" in hint
+    for way in ("tokenizer: {source: union}", "tokenizer: {source: base}", "exclude"):
+        assert way in hint
 
 
 def test_chat_templates(models: Path) -> None:
