@@ -372,11 +372,12 @@ class Deployment:
         digest = hashlib.sha256()
         for site, public in sorted(self.keys.sites.items()) if self.keys is not None else []:
             digest.update(f"{site}\0".encode() + public.read_bytes() + b"\0")
-        note = self.path / "sites.sha256"
-        if not note.exists() or note.read_text(encoding="utf-8").strip() != digest.hexdigest():
+        note, known = self.path / "sites.sha256", self.path / "nodes.json"
+        is_same = note.exists() and note.read_text(encoding="utf-8").strip() == digest.hexdigest()
+        if not is_same or not known.exists():  # or a server that was killed before all keys were known
             for path in self.path.glob("superlink.db*"):
                 path.unlink()
-            (self.path / "nodes.json").unlink(missing_ok=True)
+            known.unlink(missing_ok=True)
             write_text(note, digest.hexdigest() + "\n")
         self._had_state = (self.path / "superlink.db").exists()
 
@@ -479,15 +480,12 @@ class Deployment:
 
     def _register(self) -> dict[str, str]:
         """Make the sites' keys known to the SuperLink; return the site of each node's number."""
-        if self.keys is None:
-            return {}
         known = self.path / "nodes.json"
-        if self._had_state and known.exists():
+        if self._had_state:
             found: dict[str, str] = json.loads(known.read_text(encoding="utf-8"))
-            if sorted(found.values()) == list(self.said.sites):
-                return found
+            return found
         nodes: dict[str, str] = {}
-        for site, public in self.keys.sites.items():
+        for site, public in self.keys.sites.items() if self.keys is not None else ():
             try:
                 answer = self._flwr(
                     "supernode", "register", str(public.absolute()), _CONNECTION, "--name", site, "--format", "json"

@@ -12,9 +12,11 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed")
 
+from graftwork.federated.authority import make_keys
 from graftwork.federated.configuration import read_federation
 from graftwork.federated.deployment import Commands, Deployment, open_run, toml_text
 from graftwork.federated.errors import FederationError
+from graftwork.federated.runs import RunFolder
 from graftwork.merge.errors import OutputError
 from tests.deployment import hospitals
 from tests.deployment.processes import GRAFTWORK, Program, processes_of, wait
@@ -110,6 +112,29 @@ def test_a_run_that_never_began_is_begun_again_and_one_that_did_is_kept(tmp_path
     (folder.round_folder(0) / "round.json").write_text("{}")
     with pytest.raises(OutputError, match="go on with --resume, or replace it with --force"):
         open_run(said)
+
+
+def test_a_key_that_was_taken_back_does_not_live_on_in_the_superlinks_state(tmp_path: Path, port: int) -> None:
+    said = read_federation(described(tmp_path, port))
+    place = open_run(said).path / "deployment"
+    place.mkdir()
+    state, known = place / "superlink.db", place / "nodes.json"
+
+    def goes_on_with_state(sites: list[str], *, was_registered: bool = True) -> bool:
+        state.write_text("keys of sites")
+        if was_registered:
+            known.write_text('{"1": "oslo"}')
+        deployment = Deployment(said, RunFolder(place.parent))
+        deployment.keys = make_keys(tmp_path / "keys", sites)
+        deployment._forget_other_sites()
+        return state.exists()
+
+    assert not goes_on_with_state(["oslo"])  # nobody knows whose keys these were
+    assert goes_on_with_state(["oslo"])
+    assert not goes_on_with_state(["bergen"])
+    assert goes_on_with_state(["bergen"])
+    known.unlink()
+    assert not goes_on_with_state(["bergen"], was_registered=False)  # killed before all were registered
 
 
 @pytest.mark.parametrize("text", ["plain", 'a "quoted" \\ path', "tab\tand\nline", "Tromsø 𝔉", "\x7f"])
