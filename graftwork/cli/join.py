@@ -59,34 +59,38 @@ def join(
         if explain:
             _explain(keys, data, algorithm, _settings(settings or []), aggregate, as_json)
             return
-        from graftwork.federated.preflight import all_checks
-
         place = state.absolute() if state is not None else None
-        found_keys, site, address, checks = all_checks(
-            keys, data, lambda name: place if place is not None else default_state(name), server
-        )
-        wrong = [each for each in checks if each.found == "wrong"]
         if check:
+            from graftwork.federated.preflight import all_checks
+
+            checks = all_checks(keys, data, lambda name: place if place is not None else default_state(name), server)
             _show_checks(checks, as_json)
-            if wrong:
+            if any(each.found == "wrong" for each in checks):
                 raise typer.Exit(USER_ERROR)
             return
+        # What reads the data takes memory that a process which only waits should not keep.
+        checks = _checks_of_another_process(keys, data, server, state)
         # A server that is down may come up; everything else has to be right now.
-        if found_keys is None or site is None or address is None or any(each.name != "server" for each in wrong):
+        if any(each.found == "wrong" and each.name != "server" for each in checks):
             _show_checks(checks, as_json=False)
             raise typer.Exit(USER_ERROR)
+        from graftwork.federated.preflight import address_of, check_keys
+        from graftwork.federated.site import read_site
         from graftwork.federated.supernode import Joining, supervise
 
+        found, _ = check_keys(keys)
+        assert found is not None  # or the checks would have said so
         joining = Joining(
-            address,
-            found_keys,
+            address_of(server, found),
+            found,
             data.absolute(),
-            place if place is not None else default_state(found_keys.site),
-            site.deterministic,
+            place if place is not None else default_state(found.site),
+            read_site(data).deterministic,
             verbose,
         )
-        say = _teller(found_keys.site, json_logs)
-        say("joining", f"joining {address} as {found_keys.site}: {site.task.name} on {site.device}; Ctrl-C stops it")
+        say = _teller(found.site, json_logs)
+        what = next(each.text for each in checks if each.name == "data")
+        say("joining", f"joining {joining.server} as {found.site} with {what}; Ctrl-C stops it")
         supervise(joining, say)
 
 
@@ -151,6 +155,40 @@ def default_state(site: str) -> Path:
 
     base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return Path(base).expanduser().absolute() / "graftwork" / site
+
+
+def _checks_of_another_process(keys: Path, data: Path, server: str | None, state: Path | None) -> list[Check]:
+    """Return what `--check` finds, run as a command of its own."""
+    import json
+    import subprocess
+    import sys
+
+    from graftwork.federated.errors import FederationError
+    from graftwork.federated.preflight import Check
+
+    command = [
+        sys.executable,
+        "-m",
+        "graftwork.cli",
+        "join",
+        "--check",
+        "--json",
+        "--keys",
+        str(keys),
+        "--data",
+        str(data),
+    ]
+    command += [] if server is None else ["--server", server]
+    command += [] if state is None else ["--state", str(state)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    try:
+        said = json.loads(done.stdout)
+        return [Check(each["check"], each["found"], each["text"]) for each in said["checks"]]
+    except (ValueError, KeyError, TypeError):
+        raise FederationError(
+            f"the checks ended with exit code {done.returncode} and without a result; see what "
+            "graftwork join --check says"
+        ) from None
 
 
 def _settings(given: list[str]) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
-import ipaddress
 import json
 import os
 import shutil
@@ -311,22 +310,6 @@ def _speaks_plainly(host: str, port: int, seconds: float) -> bool:
     return False
 
 
-def is_loopback(server: str) -> bool:
-    """Return whether an address is this machine's own."""
-    host, _ = split_address(server)
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def check_server(server: str, keys: Keys | None) -> Check:
-    """Return how the server is reached."""
-    if keys is None:
-        return Check("server", "note", f"{server} was not asked, because the keys are wrong")
-    reach = probe(server, keys.authority)
-    return Check("server", "ok" if reach.is_fine else "wrong", reach.text)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # State, device, data
 
@@ -430,10 +413,21 @@ def check_limits(site: Site) -> Iterator[Check]:
     yield Check("may leave", "ok", f"{allowed}; see --explain")
 
 
-def all_checks(
-    keys_folder: Path, site_file: Path, state: Callable[[str], Path], server: str | None
-) -> tuple[Keys | None, Site | None, str | None, list[Check]]:
-    """Return the keys, the site and the server's address as far as they are sound, and every check.
+def address_of(server: str | None, keys: Keys) -> str:
+    """Return the server's address: the given one, else that of the key folder.
+
+    Raises:
+        FederationError: There is neither, or it is no address.
+    """
+    found = server or keys.server
+    if found is None:
+        raise FederationError("the key folder does not name the server; give --server host:port")
+    host, port = split_address(found)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def all_checks(keys_folder: Path, site_file: Path, state: Callable[[str], Path], server: str | None) -> list[Check]:
+    """Return every check.
 
     Args:
         keys_folder: The site's key folder.
@@ -448,14 +442,12 @@ def all_checks(
     checks += found
     if site is not None:
         checks += check_limits(site)
-    if keys is not None:
-        checks.append(check_state(state(keys.site), size))
-    address = server or (keys.server if keys is not None else None)
-    if address is None:
-        checks.append(Check("server", "wrong", "the key folder does not name the server; give --server host:port"))
-    else:
-        try:
-            checks.append(check_server(address, keys))
-        except FederationError as error:
-            checks.append(Check("server", "wrong", str(error)))
-    return keys, site, address, checks
+    if keys is None:
+        return [*checks, Check("server", "note", "was not asked, because the keys are wrong")]
+    checks.append(check_state(state(keys.site), size))
+    try:
+        reach = probe(address_of(server, keys), keys.authority)
+        checks.append(Check("server", "ok" if reach.is_fine else "wrong", reach.text))
+    except FederationError as error:
+        checks.append(Check("address", "wrong", str(error)))
+    return checks

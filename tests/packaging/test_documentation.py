@@ -42,7 +42,9 @@ PAGES = [name for name in sorted(NAMES) if (ROOT / name).exists()]
 
 FENCE = re.compile(r"^```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-LANGUAGES = {"bash", "console", "yaml", "python", "text", "json"}
+LANGUAGES = {"bash", "console", "yaml", "python", "text", "json", "toml"}
+OTHERS = {"python3", "python", "git", "mypy", "ruff", "source", "cd", "sudo", "journalctl", "ssh-keygen"}
+"""Programs that are not ours and that slow commands may use."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Block:
     @property
     def file(self) -> str | None:
         """The name under which it is saved."""
-        found = re.match(r"# ([\w-]+\.(?:ya?ml|py))$", self.text.split("\n", 1)[0])
+        found = re.match(r"# ([\w-]+\.(?:ya?ml|py|toml))$", self.text.split("\n", 1)[0])
         return found[1] if found else None
 
 
@@ -215,6 +217,8 @@ def test_commands_recipes_and_scripts_of_a_page_run_as_shown(page: str, place: P
             exec(compile(block.text, where, "exec"), {"__name__": "__main__"})
         elif block.language == "json":
             json.loads(block.text)
+        elif block.language == "toml":
+            tomllib.loads(block.text)
         elif block.language == "console":
             todo = steps(block)
             for number, (command, shown) in enumerate(todo):
@@ -261,7 +265,7 @@ def test_slow_commands_name_what_exists(page: str, block: Block) -> None:
             else:
                 files = [word for word in words if re.search(r"\.(py|sh)$|^\.ci/|^tests/", word)]
                 assert all((ROOT / file).exists() for file in files), part
-                assert files or name in {"python3", "python", "git", "mypy", "ruff", "source", "cd"}, part
+                assert files or name in OTHERS, part
 
 
 def test_the_readme_begins_with_two_commands() -> None:
