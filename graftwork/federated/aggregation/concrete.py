@@ -98,8 +98,6 @@ class ConcreteOperator(Operator):
                 )
             elif own["loss"] != "kl":
                 found.append(f"loss={own['loss']} would drive the common mask to each site's own classes; use loss=kl")
-            elif experiment.noise_multiplier > 0:
-                found.append("masks would leave the sites without noise; use another method")
         apart = [
             name
             for name, value in server.initial.items()
@@ -123,8 +121,10 @@ class ConcreteOperator(Operator):
             return merged | means(round.named(), names, round.weights)
         replies = [replies[number] for number in moved]
         sites = [round.sites[number] for number in moved]
-        learn = self._ask_sites if self._is_local(round.server) else self._learn
-        shared, metadata = learn(round.server, sites, replies, weights)
+        if self._is_local(round.server):
+            shared, metadata = self._ask_sites(round.server, sites, replies, weights)
+        else:
+            shared, metadata = self._learn(round.server, sites, [round.replies[number] for number in moved])
         found = engine.merge(
             self.aggregation.method, self.aggregation.without(self.options).parameters, replies, base, weights,
             shared={"mask": shared}, metadata={"mask": metadata},
@@ -132,14 +132,17 @@ class ConcreteOperator(Operator):
         return merged | prefixed("model", found)
 
     def _learn(
-        self, server: Server, sites: Sequence[str], replies: Sequence[Mapping[str, Raw]], weights: Sequence[float]
+        self, server: Server, sites: Sequence[str], replies: Sequence[Mapping[str, Raw]]
     ) -> tuple[dict[str, Raw], dict[str, str]]:
         """Learn on the server's inputs; return the content of the mask file and its metadata."""
         from graftwork.merge.subspace.learning import Learning, learn_merge
 
         own = self.aggregation.values(self.options)
         base = server.model_state()
-        experts = [{**base, **{name: tensor_of(raw) for name, raw in reply.items()}} for reply in replies]
+        experts = [
+            {**base, **{name: tensor_of(reply[f"model/{name}"]) for name in base if f"model/{name}" in reply}}
+            for reply in replies
+        ]
         count = len(server.inputs())
         coefficient = own["coefficient"]
         settings = Learning(

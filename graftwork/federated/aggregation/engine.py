@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from graftwork.federated.messages import Raw
 
-MANY = 24
+MANY = 16
 """Above so many models formulas run on tensors: a kernel is compiled for a number of models, the longer the more there
 are, and another number of clients answers in each round."""
 

@@ -26,7 +26,7 @@ from graftwork.federated.aggregation.choice import OWN_METHODS, Aggregation, pla
 from graftwork.federated.aggregation.options import Option
 from graftwork.federated.algorithms.base import Client, Form, Reply, Server, Update, select
 from graftwork.federated.errors import FederationError
-from graftwork.merge.checkpoint import listed, quoted
+from graftwork.merge.checkpoint import quoted
 from graftwork.merge.methods import registry
 
 if TYPE_CHECKING:
@@ -136,10 +136,6 @@ class Operator:
             found.append(f"{algorithm.name} has its own way to aggregate; leave out --aggregate, or use fedavg")
         if self.needs_common_start and not algorithm.has_common_start:
             found.append("it looks at what sites have changed, and they start apart; add --set starts=common")
-        if self.groups and experiment.noise_multiplier > 0:
-            found.append(f"what sites measure ({listed(self.groups)}) would leave them without noise; use another one")
-        if self.recalibrations and experiment.noise_multiplier > 0:
-            found.append("statistics of batch normalisation would leave the sites without noise; add recalibrate=0")
         return found
 
     def expected(self, server: Server, sent: Mapping[str, Tensor]) -> dict[str, Form]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _INNER = ("regmean", "permutation", "concrete", "concrete_task_arithmetic", "concrete_adamerging", "adamerging")
 """Methods whose own tensors do not follow a re-ordering of the model's units entry by entry."""
+_LEFT = "which would not follow the new order of units; use fedavg, fedprox or --one-shot"
 _ROWS = 4
 
 
@@ -119,6 +120,12 @@ class PermutationOperator(Operator):
 
     def expected(self, server: Server, sent: Mapping[str, Tensor]) -> dict[str, Form]:
         """Return what the inner method needs."""
+        other = sorted({name.partition("/")[0] for name in server.shared} - {"model"})
+        if other:
+            raise FederationError(
+                f'cannot aggregate by "permutation": {server.algorithm.name} sends {listed(other)} besides the model, '
+                f"{_LEFT}"
+            )
         return self.inner.expected(server, sent)
 
     def problem(self, tensors: Mapping[str, Raw]) -> str | None:
