@@ -29,6 +29,7 @@ import http.client
 import json
 import os
 import queue
+import re
 import secrets
 import shutil
 import signal
@@ -65,6 +66,7 @@ _END_SECONDS = 60.0
 """How long Flower may take to say that a run is over whose folder says so."""
 _RESTARTS = 5
 _SHOWN_LINES = 5
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 Tell = Callable[[str], None]
@@ -507,7 +509,8 @@ class Deployment:
             text = (self.path / f"{name}.log").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return []
-        return [line.strip() for line in text.splitlines() if line.strip()][-_SHOWN_LINES:]
+        lines = [_COLOURS.sub("", line).strip() for line in text.splitlines()]
+        return [line for line in lines if line][-_SHOWN_LINES:]
 
 
 def toml_text(text: str) -> str:
