@@ -1,6 +1,6 @@
 """Accuracy under clients that mean harm, for each way to aggregate.
 
-    python benchmarks/robustness.py [--clients 15] [--rounds 10] [--share 0.2 --share 0.4] [--seed 0]
+    python benchmarks/robustness.py [--clients 10] [--rounds 10] [--share 0.2 --share 0.4] [--seed 0]
 
 scikit-learn's digits, dealt out evenly; a network 64 → 32 → 10; FedAvg with two local passes. Of the clients, a share
 
@@ -105,7 +105,7 @@ def accuracy(aggregate: str, attack: str, bad: int, sites: Federation, rounds: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=15)
+    parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--share", type=float, action="append")
     parser.add_argument("--seed", type=int, default=0)

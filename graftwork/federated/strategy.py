@@ -729,7 +729,9 @@ class Strategy:
         asked = sorted(sites) if sites is not None else list(self.server.sites)
         send = outgoing if callable(outgoing) else lambda site: outgoing
         least = self.experiment.quorum if quorum is None else quorum
-        exchange = self._exchange("query", asked, send, lambda site: expect, question, quorum=least)
+        # An algorithm may do with fewer answers than the run wants; lost sites are asked again as far as that wants.
+        wanted = max(least, self.experiment.quorum)
+        exchange = self._exchange("query", asked, send, lambda site: expect, question, quorum=wanted)
         self._need(question, exchange, least)
         return list(exchange.replies)
 
@@ -830,16 +832,17 @@ class Strategy:
 
 def misfit(answer: messages.Answer, forms: Mapping[str, Form] | None) -> str | None:
     """Return what is wrong with an answer; None if nothing is."""
-    if not math.isfinite(answer.examples) or answer.examples < 0:
+    if not 0 <= answer.examples <= messages.MOST_EXAMPLES:
         return f"it says that {answer.examples:g} examples stand behind its answer"
-    odd = [key for key, value in answer.metrics.items() if not math.isfinite(value) and key in ("loss",)]
+    # An accuracy is no number where labels are not classes.
+    odd = [k for k, value in answer.metrics.items() if not math.isfinite(value) and not k.startswith("accuracy")]
     if forms is not None:
         missing = [name for name in forms if name not in answer.tensors]
         if missing:
             return f"its answer lacks {listed(missing, 3)}"
         unknown = [name for name in answer.tensors if name not in forms]
         if unknown:
-            return f"its answer has {listed(unknown, 3)}, which nobody asked for"
+            return f"its answer has {listed([messages.readable(name) for name in unknown[:3]])}, which nobody asked for"
         for name, form in forms.items():
             got = messages.form_of(answer.tensors[name])
             if got.dtype != form.dtype:
@@ -852,7 +855,7 @@ def misfit(answer: messages.Answer, forms: Mapping[str, Form] | None) -> str | N
     for name, raw in answer.tensors.items():
         if messages.is_float(raw[0]) and not _is_finite(raw):
             return f"{quoted(name)} has values that are not finite"
-    return f"its loss is {answer.metrics['loss']}" if odd else None
+    return f"its {messages.readable(odd[0])} is {answer.metrics[odd[0]]}" if odd else None
 
 
 _CHUNK = 1 << 16

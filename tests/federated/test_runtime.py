@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from flwr.serverapp import Grid
 
 from graftwork.federated.algorithms import create, names
+from graftwork.federated.asking import NODE_UNAVAILABLE, Losses
 from graftwork.federated.client import PrivateState
 from graftwork.federated.domains import Federation
 from graftwork.federated.errors import FederationError, QuorumError
-from graftwork.federated.grid import local_grid
+from graftwork.federated.grid import failure, local_grid
+from graftwork.federated.log import json_lines
 from graftwork.federated.runs import Experiment, RunFolder
 from graftwork.federated.server import config_of, simulate
 from graftwork.federated.strategy import Outcome, Strategy
@@ -168,6 +171,108 @@ def test_a_missed_quorum_ends_the_run_and_says_who_failed_and_why(fault: str, tm
         run_on(FaultyGrid(run, tmp_path, federation, dict.fromkeys(("s0", "s1", "s3"), fault)), run, federation)
     assert caught.value.problems[0] == "round 1: 1 of 4 sites gave a usable answer (train), and 2 have to"
     assert [line.split(":")[0] for line in caught.value.problems[1:]] == ['site "s0"', 'site "s1"', 'site "s3"']
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "fraug", "ggeur"])
+def test_a_site_that_is_lost_is_asked_again_to_the_same_result(algorithm: str, tmp_path: Path) -> None:
+    """In each exchange the answer of one site is lost after it has saved its private state."""
+    federation = toy_federation(4)
+    whole = experiment(algorithm, rounds=3, quorum=1.0)
+    expected = run_on(local_grid(whole, tmp_path / "a", federation), whole, federation)
+    seen: list[Mapping[str, Any]] = []
+    grid = FaultyGrid(whole, tmp_path / "b", federation, {"s1": "away", "s2": "away"})
+    found = run_on(grid, whole, federation, observer=lambda line, timing: seen.append(timing))
+    assert same(found.shared, expected.shared)
+    assert json.dumps(found.lines) == json.dumps(expected.lines)
+    assert all(set(timing["asked_again"]) == {"s1", "s2"} for timing in seen)
+    assert grid.asked["s0", "train", "1"] == 1
+    assert grid.asked["s1", "train", "1"] == 2
+
+
+def test_a_site_whose_process_ends_each_time_is_given_up(tmp_path: Path) -> None:
+    federation, run = toy_federation(3), experiment(quorum=1.0)
+    grid = FaultyGrid(run, tmp_path, federation, {"s1": "gone"})
+    with pytest.raises(QuorumError) as caught:
+        run_on(grid, run, federation)
+    assert grid.asked["s1", "train", "1"] == 3
+    assert caught.value.problems[1] == 'site "s1": its process ended with exit code -9 (asked 3 times)'
+
+
+@pytest.mark.parametrize(("mode", "times"), [("needed", 1), ("always", 3), ("never", 1)])
+def test_lost_sites_are_asked_again_as_far_as_the_run_says(mode: str, times: int, tmp_path: Path) -> None:
+    """Here the quorum does not need the site."""
+    federation, run = toy_federation(4), experiment(rounds=1, ask_again=mode)
+    grid = FaultyGrid(run, tmp_path, federation, {"s1": "gone"})
+    assert run_on(grid, run, federation).lines[0]["answered"] == 3
+    assert grid.asked["s1", "train", "1"] == times
+
+
+@pytest.mark.parametrize("fault", ["crash", "nan", "shape"])
+def test_a_site_that_answered_is_not_asked_again(fault: str, tmp_path: Path) -> None:
+    federation, run = toy_federation(3), experiment(rounds=1, quorum=1.0, ask_again="always")
+    grid = FaultyGrid(run, tmp_path, federation, {"s1": fault})
+    with pytest.raises(QuorumError):
+        run_on(grid, run, federation)
+    assert grid.asked["s1", "train", "1"] == 1
+
+
+def test_an_unavailable_node_is_asked_until_the_deadline_with_longer_and_longer_pauses() -> None:
+    losses = Losses("needed", needed=3, until=100.0)
+    now, asked = 0.0, []
+    while True:
+        losses.take("s1", NODE_UNAVAILABLE, "gone", now)
+        if not losses.are_worth_waiting(2, now):
+            break
+        while not losses.due(2, 0, now):
+            now += 0.5
+        asked.append(now)
+    assert asked[:5] == [1.0, 3.0, 7.0, 15.0, 31.0]
+    assert all(time <= 100 for time in asked)
+    assert losses.final() == {"s1": f"gone (asked {len(asked) + 1} times)"}
+    assert not Losses("needed", needed=2, until=100.0).are_worth_waiting(2, 0.0)
+
+
+def test_a_node_that_comes_back_under_another_number_is_its_site_again(tmp_path: Path) -> None:
+    """And one that claims to be a site which is still there is not."""
+    federation, run = toy_federation(3), experiment(rounds=3, quorum=1.0)
+    expected = run_on(local_grid(run, tmp_path / "a", federation), run, federation)
+    grid = local_grid(run, tmp_path / "b", federation)
+    moved = {2: 12}  # number at the start → number now
+    original = grid._call
+
+    def online() -> list[int]:
+        if strategy.server.round < 2:
+            return [1, 2, 3]
+        return [1, 3, 12, 13]  # 13 claims to be s0
+
+    def call(message: Any) -> Any:
+        number = message.metadata.dst_node_id
+        if strategy.server.round >= 2 and number in moved:
+            return failure(message, NODE_UNAVAILABLE, "Node Unavailable")
+        message.metadata.dst_node_id = {12: 2, 13: 1}.get(number, number)
+        return original(message)
+
+    strategy = Strategy(run, create(run.algorithm, run.settings), federation)
+    grid.get_node_ids = online  # type: ignore[method-assign]
+    grid._call = call  # type: ignore[method-assign]
+    found = strategy.run(grid)
+    assert same(found.model, expected.model)
+    assert strategy._nodes == {"s0": 1, "s1": 12, "s2": 3}
+
+
+def test_events_are_json_lines_without_settings(tmp_path: Path) -> None:
+    federation, run = toy_federation(3), experiment(rounds=2)
+    stream = io.StringIO()
+    with json_lines(stream):
+        run_on(FaultyGrid(run, tmp_path, federation, {"s1": "crash"}), run, federation)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["event"] for line in lines if line["level"] == "info"] == [
+        "run_started", "round_finished", "round_finished", "run_finished",
+    ]  # fmt: skip
+    failed = [line for line in lines if line["event"] == "site_failed" and line["round"] == 1]
+    assert {(line["site"], line["level"], line["reason"]) for line in failed} >= {("s1", "warning", "ValueError: boom")}
+    assert all(line["time"].endswith("+00:00") for line in lines)
+    assert "batch_size" not in stream.getvalue()
 
 
 def test_a_missed_quorum_can_skip_the_round(tmp_path: Path) -> None:

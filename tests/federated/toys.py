@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
+from graftwork.federated.asking import PROCESS_ENDED
 from graftwork.federated.client import Worker, client_app
 from graftwork.federated.domains import Federation, FederationSpec
 from graftwork.federated.grid import FAILED, InProcessGrid, failure
@@ -134,6 +136,7 @@ def _negative_weight(arrays: dict[str, Array], metrics: dict[str, Any]) -> None:
 
 
 FAULTS = ("crash", "late", "nan", "shape", "negative", "twice", "nothing")
+"""What a site may do; besides, it may be `gone` (its process ends each time it is asked) or `away` (the first time)."""
 
 
 class FaultyGrid(Grid):
@@ -145,6 +148,7 @@ class FaultyGrid(Grid):
         self.faults = dict(faults)
         self.kinds: dict[str, str] = {}
         self.held: list[tuple[float, Message]] = []
+        self.asked: Counter[tuple[str, str, str]] = Counter()
 
     def set_run(self, run: Any) -> None: ...
 
@@ -162,8 +166,13 @@ class FaultyGrid(Grid):
         held = list(messages)
         identifiers = self.inner.push_messages(held)
         for identifier, message in zip(identifiers, held, strict=True):
-            fault = self.faults.get(self.sites[message.metadata.dst_node_id - 1])
-            if fault and message.content["graftwork"]["question"] != "roll-call":
+            site, own = self.sites[message.metadata.dst_node_id - 1], message.content["graftwork"]
+            fault = self.faults.get(site)
+            if own["question"] == "roll-call":
+                continue
+            key = (site, message.metadata.message_type, str(own["round"]))
+            self.asked[key] += 1
+            if fault and (fault != "away" or self.asked[key] == 1):
                 self.kinds[identifier] = fault
         return identifiers
 
@@ -176,6 +185,12 @@ class FaultyGrid(Grid):
                 continue
             if fault == "crash" and identifier in self.inner._waiting:
                 return [failure(self.inner._waiting.pop(identifier), FAILED, "ValueError: boom")]
+            if fault in ("gone", "away") and identifier in self.inner._waiting:
+                message = self.inner._waiting[identifier]
+                if fault == "away":  # the work was done, and its result is on the site's disk; the answer is lost
+                    self.inner.pull_messages([identifier])
+                self.inner._waiting.pop(identifier, None)
+                return [failure(message, PROCESS_ENDED, "its process ended with exit code -9")]
             found = self.inner.pull_messages([identifier])
             if not found:
                 continue
