@@ -1,7 +1,7 @@
 """What measuring costs and what it is worth.
 
     python benchmarks/measuring.py cost [64 16]        # a transformer of 22 million parameters, seconds per example
-    python benchmarks/measuring.py memory              # a perceptron of 25 million parameters, peak over the base
+    python benchmarks/measuring.py memory WORK [2048]  # perceptrons of 25 million parameters, peak over the base
     python benchmarks/measuring.py accuracy WORK [mlp4 mlp8 vit8]   # merges of the suites, test accuracy
     python benchmarks/measuring.py estimators WORK [mlp4 …]         # Fisher merges by estimator
 
@@ -12,7 +12,9 @@ same size. Run each alone: a busy machine disturbs even processor seconds.
 from __future__ import annotations
 
 import argparse
-import resource
+import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peaks import EXPERTS, LAYERS, perceptron, print_peak, write_perceptrons
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -109,31 +112,50 @@ def cost(lengths: list[int], examples: int = 96, repeats: int = 3) -> None:
         print(f"  {'signed, with its plan':24s} {1000 * whole / examples:8.2f} ms per example", flush=True)
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+MEMORY = ("signed", "signed_batch", "gram", "mask", "layer_wise", "mask+layer_wise")
+"""What is measured or learned."""
 
 
-def memory() -> None:
-    """Estimate the Fisher information of 6 layers of 2048 and print the peak of the process over its base."""
+def print_own_peak(what: str, folder: Path, width: int) -> None:
+    """Print the peak of measuring one model, or of learning to merge all of them for one step."""
+    from graftwork.merge.checkpoint import Checkpoint
+    from graftwork.merge.statistics import measure_to_file
+    from graftwork.merge.subspace import learn_merge
 
-    def network() -> nn.Module:
-        layers: list[nn.Module] = []
-        for _ in range(6):
-            layers += [nn.Linear(2048, 2048), nn.GELU()]
-        return nn.Sequential(*layers[:-1])
+    def run(width: int) -> None:
+        rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+        tasks = [Task(f"t{number}", lambda: perceptron(width), lambda: [(rows, None)]) for number in range(EXPERTS)]
+        base, *experts = write_perceptrons(folder, width)
+        if what in ("signed", "signed_batch", "gram"):
+            kind = "gram" if what == "gram" else "fisher"
+            more = {} if what == "gram" else {"estimator": what}
+            with Checkpoint.open(experts[0]) as source:
+                measure_to_file(kind, source, tasks[0], folder / f"{what}.safetensors", examples=64, micro_batch=16,
+                                force=True, **more)  # fmt: skip
+        else:
+            learn_merge(base, experts, tasks, parametrisation=what, steps=1, loss="entropy")
 
-    inputs = torch.randn(64, 2048)
-    warm = Task("warm", model=lambda: nn.Linear(8, 3), batches=lambda: [(torch.randn(4, 8), None)])
-    estimate_fisher(warm, estimator="signed")
-    base = peak()
-    task = Task("wide", model=network, batches=lambda: [(inputs, None)])
-    for estimator in ("signed", "signed_batch"):
-        start = time.process_time()
-        found = estimate_fisher(task, examples=64, estimator=estimator, micro_batch=16)
-        size = 4 * sum(values.numel() for values in found.tensors.values())
-        spent = time.process_time() - start
-        del found
-        print(f"{estimator}: peak {(peak() - base) / size:.2f} P over the base, P = {size / 1e6:.0f} MB, {spent:.1f} s")
+    print_peak(run, width)
+
+
+def peak_of(what: str, folder: Path, width: int) -> tuple[float, float]:
+    """Return the peak over the process's base, in units of the model, and the processor seconds, in a new process."""
+    arguments = [sys.executable, __file__, "peak", what, str(folder), str(width)]
+    # Freed tensors of large models go back to the system; small ones too here, so that warm runs leave nothing.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = subprocess.run(arguments, env=environment, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["peak"] / (4 * LAYERS * width * width), found["seconds"]
+
+
+def memory(folder: Path, width: int) -> None:
+    """Print what measuring and learning take, for models of 6 layers of this width."""
+    write_perceptrons(folder, width)
+    size = 4 * LAYERS * width * width
+    print(f"P = {size / 1e6:.0f} MB, {size / 4e6:.0f} million parameters, {EXPERTS} models")
+    for what in MEMORY:
+        peak, spent = peak_of(what, folder, width)
+        print(f"{what:16s} {peak:6.2f} P over the base, {spent:.1f} CPU s", flush=True)
 
 
 def coded(tensors: Mapping[str, Tensor] | Mapping[str, np.ndarray]) -> dict[str, tuple[str, np.ndarray]]:
@@ -212,14 +234,21 @@ def estimators(names: list[str], work: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cost", "memory", "accuracy", "estimators"))
+    parser.add_argument("what", choices=("cost", "memory", "peak", "accuracy", "estimators"))
     parser.add_argument("rest", nargs="*")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if chosen.what == "cost":
         cost([int(length) for length in chosen.rest] or [64, 16])
-    elif chosen.what == "memory":
-        memory()
+        return
+    if not chosen.rest:
+        parser.error(f"{chosen.what}: WORK is missing, the folder for what is made")
+    if chosen.what == "memory":
+        work, *width = chosen.rest
+        memory(Path(work), int(width[0]) if width else 2048)
+    elif chosen.what == "peak":
+        what, work, width = chosen.rest
+        print_own_peak(what, Path(work), int(width))
     else:
         work, *names = chosen.rest
         {"accuracy": accuracy, "estimators": estimators}[chosen.what](names or ["mlp4", "mlp8", "vit8"], Path(work))

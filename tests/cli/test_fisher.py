@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -163,39 +162,55 @@ def test_an_interrupted_measurement_says_how_to_go_on(command, place, monkeypatc
         assert (place / f"{kind}.safetensors").read_bytes() == (place / f"whole-{kind}.safetensors").read_bytes()
 
 
-PROBES = 6
-"""Calls that look at two examples before the first micro-batch."""
+BEFORE = {"fisher": 6, "gram": 0}
+"""Calls of the model before the first micro-batch: Fisher information looks at two examples first."""
+CALLS = {"fisher": 10, "gram": 20}
+"""Micro-batches of four in all; Gram matrices are measured in two groups of layers, one after the other."""
+SETTINGS = {"fisher": {"estimator": "signed"}, "gram": {"memory_bytes": 1}}
 
 KILLED = """
-import sys
+import json, os, sys
 from graftwork.merge import Checkpoint, load_task
 from graftwork.merge.statistics import measure_to_file
-with Checkpoint.open("a.safetensors") as source:
-    measure_to_file(
-        "fisher", source, load_task("task.py:waves"), "killed.safetensors", micro_batch=4, estimator="signed",
-        state_seconds=0.0,
-    )
+import torch
+kind, settings, calls = json.loads(sys.argv[1])
+for call in calls:
+    # A new process for each, without the time that it would take to import torch again.
+    process = os.fork()
+    if process == 0:
+        os.environ["KILL_AT"] = str(call)
+        with Checkpoint.open("a.safetensors") as source:
+            task = load_task("task.py:waves")
+            measure_to_file(kind, source, task, f"{call}.safetensors", micro_batch=4, state_seconds=0.0, **settings)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
 """
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_a_killed_measurement_goes_on_to_the_same_bytes(command, place, share):
+@pytest.mark.parametrize("kind", ["fisher", "gram"])
+def test_a_killed_measurement_goes_on_to_the_same_bytes(place, monkeypatch, kind):
     from graftwork.merge import Checkpoint, load_task
-    from graftwork.merge.statistics import measure_fisher
+    from graftwork.merge.statistics import measure_to_file
 
-    environment = {**os.environ, "KILL_AT": str(PROBES + 1 + round(10 * share))}
-    done = subprocess.run([sys.executable, "-c", KILLED], cwd=place, env=environment, capture_output=True)
-    assert done.returncode == -9, done.stderr.decode()
-    assert not (place / "killed.safetensors").exists()
-    assert (place / "killed.partial.safetensors").exists()
-    with Checkpoint.open(place / "a.safetensors") as source:
+    done = [round(CALLS[kind] * share) for share in (0.1, 0.5, 0.9)]
+    calls = [BEFORE[kind] + count + 1 for count in done]
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps([kind, SETTINGS[kind], calls])], cwd=place, capture_output=True
+    )
+    assert run.stdout.decode().split() == ["-9"] * 3, run.stderr.decode()
+    monkeypatch.chdir(place)
+    with Checkpoint.open("a.safetensors") as source:
         seen = []
-        for name in ("whole", "killed"):
-            calls: list[int] = []
-            measure_fisher(
-                source, load_task("task.py:waves"), place / f"{name}.safetensors", micro_batch=4, estimator="signed",
-                progress=lambda done, total, calls=calls: calls.append(done),
+        for name in ("whole", *calls):
+            assert not (place / f"{name}.safetensors").exists()
+            told: list[int] = []
+            measure_to_file(
+                kind, source, load_task("task.py:waves"), f"{name}.safetensors", micro_batch=4,
+                progress=lambda done, total, told=told: told.append(done), **SETTINGS[kind],
             )  # fmt: skip
-            seen.append(calls[0])
-    assert seen == [0, 4 * round(10 * share)]
-    assert (place / "killed.safetensors").read_bytes() == (place / "whole.safetensors").read_bytes()
+            seen.append(told[0])
+    # Fisher information tells of a micro-batch before it, Gram matrices after it.
+    assert seen == [4 * (count + (kind == "gram")) for count in (0, *done)]
+    whole = (place / "whole.safetensors").read_bytes()
+    assert [(place / f"{call}.safetensors").read_bytes() == whole for call in calls] == [True] * 3
+    assert not list(place.glob("*partial*"))
