@@ -352,6 +352,13 @@ def test_an_output_without_a_name_is_refused(command: Command, models: Path, out
     assert command("merge", recipe(models / "r.yml"), out).errors
 
 
+@pytest.mark.parametrize("text", ["a", "=b", "", "a:b"])
+def test_a_renaming_without_two_names_is_wrong_usage(command: Command, models: Path, text: str) -> None:
+    done = command("merge", recipe(models / "r.yml"), "out", "--rename", text)
+    assert done.code == 2
+    assert f'--rename "{text}" is not OLD=NEW' in done.err
+
+
 def test_a_bad_size_is_one_line(command: Command, models: Path) -> None:
     assert "5 parsecs" in refused(command, "merge", recipe(models / "r.yml"), "out", "--max-shard-size", "5 parsecs")
 

@@ -443,6 +443,39 @@ def test_the_configuration_of_an_untied_donor_follows_tied_slices(here):
 # ---------------------------------------------------------------- several stacks
 
 
+def test_a_head_that_is_neither_stored_nor_tied_is_an_error_unless_the_embedding_is_meant(here):
+    bare = {name: tensor for name, tensor in drawn(7).items() if name != "lm_head.weight"}
+    write(here / "H", bare)  # its config.json says that it has a head of its own
+    text = "{merge_method: linear, parameters: {weight: 1}, models: [{model: H}, {model: %s}]}"
+    assert "stores no head; fetch it whole, or take the embedding for its head with --tie" in refused(text % "A")
+    tensors, _ = merged(text % "A", options=Options(tie=True))
+    other = load_of(here / "A")["lm_head.weight"]
+    torch.testing.assert_close(tensors["lm_head.weight"], (bare["model.embed_tokens.weight"] + other) / 2)
+    tensors, _ = merged(text % "T", out="tied", options=Options(tie=True))
+    assert "lm_head.weight" not in tensors
+    assert json.loads(Path("tied/config.json").read_text())["tie_word_embeddings"] is True
+    encoder = {name: tensor for name, tensor in bare.items() if "head" not in name}
+    write(here / "E", encoder, {**CONFIG, "architectures": ["LlamaModel"]})
+    planned("{merge_method: passthrough, models: [{model: E}]}")
+
+
+def load_of(folder):
+    with Checkpoint.open(folder) as checkpoint:
+        return load_torch(checkpoint)
+
+
+def test_the_key_of_the_number_of_layers_can_be_named(here):
+    text = "{merge_method: passthrough, slices: [{sources: [{model: K, layer_range: [0, 2]}]}]}"
+    config = {key: value for key, value in CONFIG.items() if key != "num_hidden_layers"}
+    write(here / "K", filled(1), {**config, "blocks": LAYERS})
+    assert "name it with --layers-key" in refused(text, CheckpointError)
+    assert '"width" is nothing' in refused(text, CheckpointError, Options(layers_key="width")).replace(
+        "null", "nothing"
+    )
+    merged(text, options=Options(layers_key="blocks"))
+    assert json.loads(Path("out/config.json").read_text())["blocks"] == 2
+
+
 def test_slices_of_a_text_stack_leave_the_other_stacks_to_the_donor(here):
     names = [
         "visual.patch_embed.weight", *(f"visual.blocks.{n}.norm.weight" for n in range(3)), "visual.norm.weight",
