@@ -71,14 +71,11 @@ def test_check_finds_several_things_at_once(command: Command, place: Path) -> No
     assert said["ready"] is False
 
 
-def test_a_site_with_wrong_keys_or_data_does_not_start(command: Command, place: Path) -> None:
+def test_a_site_whose_data_are_wrong_does_not_start(command: Command, place: Path) -> None:
     (place / "site.toml").write_text('task = "task.py:mkae"\n')
     found = command(*ARGUMENTS, "--state", "state")
     assert found.code == 1
     assert 'has no "mkae"; did you mean "make"?' in found.out
-    missing = command("join", "--keys", "keys/sites/bergen", "--data", "site.toml")
-    assert missing.code == 1
-    assert "does not exist" in missing.out
 
 
 def test_explain_lists_each_tensor_and_marks_what_the_site_does_not_allow(command: Command, place: Path) -> None:
