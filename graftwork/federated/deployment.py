@@ -65,6 +65,7 @@ _STATUS_SECONDS = 5.0
 _END_SECONDS = 60.0
 """How long Flower may take to say that a run is over whose folder says so."""
 _RESTARTS = 5
+_LOCK_SECONDS = 120
 _SHOWN_LINES = 5
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
@@ -233,6 +234,9 @@ class Deployment:
     def follow(self, observer: Observer = lambda line, timing: None) -> End:
         """Watch the run until it is over; return its true end.
 
+        If the server's half ends without a word (killed, out of memory, or because Flower's SuperExec ended), it is
+        started again from the newest round, a few times.
+
         Args:
             observer: Told of each round, as in a simulation.
 
@@ -240,6 +244,19 @@ class Deployment:
             FederationError: The SuperLink cannot be kept alive.
         """
         seen = max((int(line.get("round", 0)) for line in self.folder.metrics()), default=0)
+        while True:
+            seen, status, details = self._watch(seen, observer)
+            end = self._end(status, details)
+            is_silent = not end.is_complete and not self.folder.failure() and status == "finished:failed"
+            if not is_silent or self._restarts >= _RESTARTS:
+                return end
+            self._restarts += 1
+            self.tell(f"the server's half has ended without a word ({details}); going on from the newest round")
+            self._children.pop("superexec").end()
+            self.submit()
+
+    def _watch(self, seen: int, observer: Observer) -> tuple[int, str, str]:
+        """Watch Flower's run until it is over; return the last round seen, and what Flower says."""
         present = ""
         asked = time.monotonic()
         ended: float | None = None
@@ -254,8 +271,7 @@ class Deployment:
                 status, details = self._status()
                 asked = time.monotonic()
                 if status.startswith("finished") or (ended is not None and asked - ended > _END_SECONDS):
-                    self._tell_rounds(seen, observer)
-                    return self._end(status, details)
+                    return self._tell_rounds(seen, observer), status, details
             time.sleep(_POLL_SECONDS)
 
     def clean(self) -> None:
@@ -336,7 +352,8 @@ class Deployment:
             **os.environ,
             **ENVIRONMENT,
             "FLWR_HOME": str(self.path / "flower" / home),
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3",
+            # There is one task, and it is there before SuperExec is; each look writes into the SuperLink's state.
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "10",
             # Who calls is read off the connection: a header may say so only in the name of a proxy on this machine.
             "FORWARDED_ALLOW_IPS": "",
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
@@ -397,7 +414,7 @@ class Deployment:
         place = self.said.server
         arguments = [
             "flower-superlink", "--host", place.host, "--port", str(place.port),
-            "--database", str(self.path / "superlink.db"), "--isolation", "process",
+            "--database", database_url(self.path / "superlink.db"), "--isolation", "process",
             "--superexec-auth-secret-file", str(self._secret), "--disable-runtime-dependency-installation",
         ]  # fmt: skip
         if self.keys is None:
@@ -496,6 +513,7 @@ class Deployment:
                 raise FederationError(f"cannot register the key of site {quoted(site)}: {error}") from None
             nodes[str(answer["node-id"])] = site
         write_text(known, json.dumps(nodes) + "\n")
+        self._had_state = True
         return nodes
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
@@ -511,6 +529,16 @@ class Deployment:
             return []
         lines = [_COLOURS.sub("", line).strip() for line in text.splitlines()]
         return [line for line in lines if line][-_SHOWN_LINES:]
+
+
+def database_url(path: Path) -> str:
+    """Return how the SuperLink is told of its state, with patience.
+
+    SQLite lets one write at a time, and gives up after five seconds: on a busy machine, or while a large model is on
+    its way, Flower then answers 500, which ends its SuperExec and with it the run.
+    """
+    text = str(path)
+    return text if "?" in text or "%" in text else f"sqlite:///{text}?timeout={_LOCK_SECONDS}"
 
 
 def toml_text(text: str) -> str:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import httpx
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
@@ -22,6 +23,7 @@ from graftwork.federated.algorithms import create
 from graftwork.federated.configuration import server_federation
 from graftwork.federated.domains import build
 from graftwork.federated.errors import FederationError, QuorumError
+from graftwork.federated.log import warn
 from graftwork.federated.order import PLACE, PRESENT, RUN_VARIABLE, Order
 from graftwork.federated.report import followed
 from graftwork.federated.runs import RunFolder, json_line, write_text
@@ -29,6 +31,13 @@ from graftwork.federated.strategy import Strategy
 from graftwork.merge.checkpoint import listed, quoted
 
 _POLL_SECONDS = 0.5
+_PULL_SECONDS = 1.0
+"""How often the SuperLink is asked for replies: each question writes into its state, and no site answers faster."""
+_AT_ONCE = 4
+"""How many replies are fetched together."""
+_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
+
+T = TypeVar("T")
 
 app = ServerApp()
 
@@ -118,14 +127,20 @@ def wait_for_sites(grid: Grid, order: Order, note: Path) -> None:
 class SitesGrid(Grid):
     """A SuperLink's grid on which every node speaks for the site of its key, and for no other.
 
+    A SuperLink that answers with an error (500 while its state is locked, say) is asked again: what is asked here may
+    be asked twice, since messages are named by their content.
+
     Args:
         inner: Flower's grid.
         nodes: The site of each node by its number; empty to take every node's word.
+        sleep: How to wait.
     """
 
-    def __init__(self, inner: Grid, nodes: Mapping[int, str]) -> None:
+    def __init__(self, inner: Grid, nodes: Mapping[int, str], sleep: Callable[[float], None] = time.sleep) -> None:
         self._inner = inner
         self._sites = nodes
+        self._sleep = sleep
+        self._pulled = 0.0
 
     def set_run(self, run: Any) -> None:
         """Set the run."""
@@ -144,19 +159,44 @@ class SitesGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes that are there and whose key is a site's."""
-        return [node for node in self._inner.get_node_ids() if not self._sites or node in self._sites]
+        nodes = self._tried(lambda: list(self._inner.get_node_ids()))
+        return [node for node in nodes if not self._sites or node in self._sites]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; return their identifiers."""
-        return self._inner.push_messages(messages)
+        held = list(messages)
+        return self._tried(lambda: list(self._inner.push_messages(held)))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that have come."""
-        return [self._judged(message) for message in self._inner.pull_messages(message_ids)]
+        """Return some of the replies that have come; not at once, if there were none a moment ago.
+
+        Never more than a few, since all that are returned are in memory together.
+        """
+        wanted = list(message_ids)
+        left = self._pulled + _PULL_SECONDS - time.monotonic()
+        if left > 0:
+            self._sleep(left)
+        found: list[Message] = []
+        for start in range(0, len(wanted), _AT_ONCE):
+            some = wanted[start : start + _AT_ONCE]
+            found = self._tried(lambda some=some: list(self._inner.pull_messages(some)))  # type: ignore[misc]
+            if found:
+                break
+        self._pulled = 0.0 if found else time.monotonic()
+        return [self._judged(message) for message in found]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Return the replies to messages, as Flower's own strategies ask for them."""
         return [self._judged(message) for message in self._inner.send_and_receive(messages, timeout=timeout)]
+
+    def _tried(self, ask: Callable[[], list[T]]) -> list[T]:
+        for seconds in _RETRY_SECONDS:
+            try:
+                return ask()
+            except httpx.HTTPError as error:
+                warn("server_error", reason=f"{type(error).__name__}: {error}".partition("\n")[0])
+            self._sleep(seconds)
+        return ask()
 
     def _judged(self, message: Message) -> Message:
         """Return a reply; one that speaks for another site is changed so that no site's name fits."""

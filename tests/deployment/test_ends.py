@@ -14,7 +14,7 @@ pytest.importorskip("flwr", reason="Flower is not installed")
 
 from graftwork.federated.authority import make_keys
 from graftwork.federated.configuration import read_federation
-from graftwork.federated.deployment import Commands, Deployment, open_run, toml_text
+from graftwork.federated.deployment import Commands, Deployment, database_url, open_run, toml_text
 from graftwork.federated.errors import FederationError
 from graftwork.federated.runs import RunFolder
 from graftwork.merge.errors import OutputError
@@ -135,6 +135,17 @@ def test_a_key_that_was_taken_back_does_not_live_on_in_the_superlinks_state(tmp_
     assert goes_on_with_state(["bergen"])
     known.unlink()
     assert not goes_on_with_state(["bergen"], was_registered=False)  # killed before all were registered
+
+
+def test_the_superlinks_state_waits_for_others_that_write(tmp_path: Path) -> None:
+    """As SQLAlchemy reads it, which is what Flower uses."""
+    from sqlalchemy import create_engine
+
+    engine = create_engine(database_url(tmp_path / "superlink.db"))
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 120_000
+    engine.dispose()
+    assert (tmp_path / "superlink.db").exists()
 
 
 @pytest.mark.parametrize("text", ["plain", 'a "quoted" \\ path', "tab\tand\nline", "Tromsø 𝔉", "\x7f"])

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed")
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -98,6 +99,50 @@ def test_a_node_that_speaks_for_another_site_fits_no_site() -> None:
         assert sites[0] == "bergen"
         assert not set(sites[1:]) & set(NODES.values())
         assert 'with the key of "oslo"' in sites[1]
+
+
+def test_a_superlink_that_answers_with_an_error_is_asked_again_and_not_too_often() -> None:
+    class Busy(Link):
+        errors = 0
+
+        def get_node_ids(self) -> list[int]:
+            if self.errors:
+                self.errors -= 1
+                raise httpx.HTTPStatusError(
+                    "500 database is locked", request=httpx.Request("POST", "https://x"), response=httpx.Response(500)
+                )
+            return super().get_node_ids()
+
+    waited: list[float] = []
+    link = Busy([11])
+    grid = SitesGrid(link, NODES, sleep=waited.append)
+    link.errors = 3
+    assert grid.get_node_ids() == [11]
+    assert waited == [1, 2, 4]
+    link.errors = 100
+    with pytest.raises(httpx.HTTPStatusError):
+        grid.get_node_ids()
+
+    waited.clear()
+    assert not grid.pull_messages(["m"])
+    assert waited == []
+    assert not grid.pull_messages(["m"])  # there was none a moment ago
+    assert 0.5 < waited[0] <= 1
+
+
+def test_never_are_more_than_a_few_replies_in_memory_together() -> None:
+    class Full(Link):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            asked.append(list(message_ids))
+            return [reply(11, "bergen") for name in asked[-1] if name != "m0"]
+
+    asked: list[list[str]] = []
+    pending = [f"m{number}" for number in range(30)]
+    assert len(list(SitesGrid(Full([11]), NODES).pull_messages(pending))) == 3
+    assert asked == [["m0", "m1", "m2", "m3"]]
+    asked.clear()
+    assert not list(SitesGrid(Link([11]), NODES).pull_messages(pending))
+    assert len(list(SitesGrid(Full([11]), NODES).pull_messages(["m0", "m0", "m0", "m0", "m5"]))) == 1
 
 
 def test_sites_are_waited_for_and_the_missing_are_named_meanwhile(tmp_path: Path) -> None:
