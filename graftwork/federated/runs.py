@@ -433,6 +433,10 @@ class RunFolder:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(folder, final)
         self._append(METRICS, saved.line)
+        self.prune(keep)
+
+    def prune(self, keep: Sequence[int]) -> None:
+        """Remove rounds that are not to be kept."""
         for number in self.rounds():
             if number not in keep:
                 shutil.rmtree(self.round_folder(number), ignore_errors=True)

@@ -188,8 +188,9 @@ class Strategy:
             server.record = saved.record
             progress = saved.progress
             server.round = saved.number
-            lines = self.folder.metrics() if self.folder is not None else []
-            lines = [line for line in lines if line.get("round")]
+            assert self.folder is not None
+            self.folder.prune(self._rounds_to_keep(progress))
+            lines = [line for line in self.folder.metrics() if line.get("round")]
         tell(
             "run_started",
             algorithm=self.algorithm.name,
@@ -422,8 +423,6 @@ class Strategy:
         if self.folder is None:
             return
         server = self.server
-        newest = [number for number in self.folder.rounds() if number < server.round]
-        keep = {server.round, progress["best_round"], *newest[::-1][: self.experiment.keep_rounds - 1]}
         saved = Saved(
             server.round, server.model_state(), server.shared, server.kept, server.record, dict(progress), line
         )
@@ -434,10 +433,16 @@ class Strategy:
             saved,
             method=self.algorithm.name,
             settings=self.algorithm.settings.record(),
-            keep=sorted(keep),
+            keep=self._rounds_to_keep(progress),
             partial=partial,
         )
         self._partial = None
+
+    def _rounds_to_keep(self, progress: Mapping[str, Any]) -> list[int]:
+        """Return the numbers of the rounds that stay: the newest, and the best."""
+        assert self.folder is not None
+        newest = [number for number in self.folder.rounds() if number < self.server.round]
+        return sorted({self.server.round, progress["best_round"], *newest[::-1][: self.experiment.keep_rounds - 1]})
 
     def _keep_sites(self, replies: Sequence[Received], partial: Path) -> None:
         """Write the model that each site sent, whole, so that `graftwork merge` can merge them in another way."""
