@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.federated.aggregation import Aggregation
-from graftwork.federated.aggregation.operator import Round
+from graftwork.federated.aggregation.concrete import ConcreteOperator
+from graftwork.federated.aggregation.fisher import FisherOperator
+from graftwork.federated.aggregation.operator import Operator, Round
 from graftwork.federated.aggregation.permutation import PermutationOperator
 from graftwork.federated.algorithms import create
+from graftwork.federated.algorithms.base import Client, Update
 from graftwork.federated.domains import Federation
 from graftwork.federated.errors import FederationError
 from graftwork.federated.grid import local_grid
@@ -166,6 +169,16 @@ def test_the_order_of_replies_changes_nothing(tmp_path: Path) -> None:
         assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
+@pytest.mark.parametrize("aggregate", ["fisher", "permutation:then=ties"])
+def test_replies_that_lie_in_files_give_the_same_model(aggregate: str, tmp_path: Path) -> None:
+    run, federation = experiment(rounds=1, aggregate=aggregate), toy_federation()
+    models = []
+    for number, above in enumerate((1 << 30, 0)):
+        strategy = Strategy(run, create(run.algorithm, run.settings), federation, spool_above=above)
+        models.append(strategy.run(local_grid(run, tmp_path / str(number), federation)).model)
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
 @pytest.mark.parametrize(
     ("aggregate", "reason"),
     [
@@ -176,21 +189,19 @@ def test_the_order_of_replies_changes_nothing(tmp_path: Path) -> None:
 def test_what_no_site_sends_in_good_faith_is_refused(
     aggregate: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graftwork.federated import client
+    half = (FisherOperator, "after_training") if reason == "below zero" else (ConcreteOperator, "answer")
+    real = getattr(*half)
 
-    real = client.messages.reply_content
-
-    def spoiled(site: str, tensors: Mapping[str, Tensor], *rest: Any) -> Any:
-        factor = -1 if reason == "below zero" else 1e6
+    def spoiled(self: Operator, client: Client, *rest: Any) -> Update:
+        update: Update = real(self, client, *rest)
         changed = {
-            name: (value.float().abs() + 1).mul(factor).to(value.dtype)
-            if site == "s1" and name.startswith(("fisher/", "logit/"))
-            else value
-            for name, value in tensors.items()
+            name: (value.float().abs() + 1).mul(-1e6).to(value.dtype)
+            for name, value in update.tensors.items()
+            if client.site == "s1" and name.startswith(("fisher/", "logit/"))
         }
-        return real(site, changed, *rest)
+        return dataclasses.replace(update, tensors={**update.tensors, **changed})
 
-    monkeypatch.setattr(client.messages, "reply_content", spoiled)
+    monkeypatch.setattr(*half, spoiled)
     outcome = simulate(experiment(rounds=1, aggregate=aggregate), federation=toy_federation())
     assert reason in outcome.lines[-1]["failed"]["s1"]
     assert set(outcome.lines[-1]["failed"]) == {"s1"}
