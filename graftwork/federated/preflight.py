@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graftwork.federated.errors import FederationError
-from graftwork.federated.site import SITE_NAME, Site, load_site
+from graftwork.federated.site import SITE_NAME, Site, load_site, read_site
 from graftwork.merge.checkpoint import listed, quoted
 from graftwork.merge.errors import GraftworkError
 
@@ -121,6 +121,10 @@ def check_keys(folder: Path) -> tuple[Keys | None, list[Check]]:
             Check("keys", "wrong", f"{quoted(folder)} {what}; copy it here from keys/sites/SITE of the server")
         ]
     missing = [name for name in ("ca.crt", "node.key", "node.pub", "site.json") if not (folder / name).is_file()]
+    if missing and (folder / "sites").is_dir():
+        sites = listed(entry.name for entry in sorted((folder / "sites").iterdir()) if entry.is_dir())
+        text = f"{quoted(folder)} is the server's key folder; a site has its own, one of {folder / 'sites'}: {sites}"
+        return None, [Check("keys", "wrong", text)]
     if missing:
         return None, [
             Check("keys", "wrong", f"{quoted(folder)} lacks {listed(missing)}; copy the site's whole folder again")
@@ -438,12 +442,16 @@ def all_checks(keys_folder: Path, site_file: Path, state: Callable[[str], Path],
     checks = check_packages()
     keys, found = check_keys(keys_folder)
     checks += found
-    site, found, size = check_site(site_file, keys.site if keys is not None else "")
+    if keys is None:
+        try:
+            read_site(site_file)
+        except GraftworkError as error:
+            checks += [Check("data", "wrong", problem) for problem in error.problems]
+        return [*checks, Check("server", "note", "neither data nor server were tried, because the keys are wrong")]
+    site, found, size = check_site(site_file, keys.site)
     checks += found
     if site is not None:
         checks += check_limits(site)
-    if keys is None:
-        return [*checks, Check("server", "note", "was not asked, because the keys are wrong")]
     checks.append(check_state(state(keys.site), size))
     try:
         reach = probe(address_of(server, keys), keys.authority)

@@ -541,6 +541,7 @@ def test_each_flaw_of_a_key_folder_is_named(made: Path, tmp_path: Path) -> None:
     (folder / "site.json").unlink()
     assert 'lacks "site.json"' in wrong()
     assert "does not exist" in check_keys(tmp_path / "nowhere")[1][0].text
+    assert "is the server's key folder; a site has its own" in check_keys(made)[1][0].text
 
 
 def test_the_state_folder_is_made_for_this_user_alone(tmp_path: Path) -> None:
