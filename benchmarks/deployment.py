@@ -2,7 +2,7 @@
 
     python benchmarks/deployment.py equal [fedka fraug ggeur]      # same numbers as the same run in one process
     python benchmarks/deployment.py kills [server site superlink late]   # SIGKILL in the middle; same bytes in the end
-    python benchmarks/deployment.py large [--megabytes 400]        # a large model: seconds and memory against the floor
+    python benchmarks/deployment.py large [--megabytes 400 --rounds 2]   # a large model: seconds and memory against the floor
 
 Each prints a line of JSON per case and exits with 1 if a promise is broken. Everything goes into a temporary folder
 (`--keep DIR` keeps it). Times are those of a machine that may have other things to do; processor seconds and memory are
@@ -329,12 +329,12 @@ class Meter:
             self.whole = max(self.whole, sum(now.values()))
 
 
-def large(work: Path, megabytes: int) -> bool:
-    """Two sites, two rounds; the floor is the same bytes hashed and pushed through one TLS connection and back."""
+def large(work: Path, megabytes: int, rounds: int) -> bool:
+    """Two sites, a few rounds; the floor is the same bytes hashed and pushed through one TLS connection and back."""
     side = round((megabytes * 1e6 / 4) ** 0.5)
     sites = ("north", "south")
-    top = 'task = "task.py:task"\nalgorithm = "fedavg"\nrounds = 2\nquorum = 1.0\nevaluate_every = 2\nkeep_rounds = 1\n'
-    top += "outlier = 0.0\n[settings]\nlearning_rate = 0.01\n"
+    top = f'task = "task.py:task"\nalgorithm = "fedavg"\nrounds = {rounds}\nquorum = 1.0\nevaluate_every = {rounds}\n'
+    top += "keep_rounds = 1\noutlier = 0.0\n[settings]\nlearning_rate = 0.01\n"
     folder = work / "large"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "task.py").write_text(CHUNK_TASK.format(side=side, megabytes=megabytes))
@@ -403,13 +403,14 @@ def main() -> None:
     parser.add_argument("what", choices=("equal", "kills", "large"))
     parser.add_argument("cases", nargs="*")
     parser.add_argument("--megabytes", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--keep", type=Path)
     given = parser.parse_args()
     with contextlib.ExitStack() as stack:
         work = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graftwork-deployment-")))
         work = work.absolute()
         if given.what == "large":
-            fine = large(work, given.megabytes)
+            fine = large(work, given.megabytes, given.rounds)
         else:
             fine = {"equal": equal, "kills": kills}[given.what](work, given.cases)
     sys.exit(not fine)
