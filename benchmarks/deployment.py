@@ -2,7 +2,7 @@
 
     python benchmarks/deployment.py equal [fedka fraug ggeur]      # same numbers as the same run in one process
     python benchmarks/deployment.py kills [server site superlink late]   # SIGKILL in the middle; same bytes in the end
-    python benchmarks/deployment.py large [--megabytes 400 --rounds 2]   # a large model: seconds and memory against the floor
+    python benchmarks/deployment.py large [--megabytes 400 --rounds 2]   # seconds and memory against the floor
 
 Each prints a line of JSON per case and exits with 1 if a promise is broken. Everything goes into a temporary folder
 (`--keep DIR` keeps it). Times are those of a machine that may have other things to do; processor seconds and memory are
