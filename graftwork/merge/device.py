@@ -66,7 +66,7 @@ class DeviceEngine(Engine):
         self.piece = span
 
     def _evaluator(self, step: Step, formula: Any, parameters: Mapping[str, Any], precision: str) -> Any:
-        return _DeviceEvaluator(step, formula, bind(parameters, precision), precision, self.device)
+        return TensorEvaluator(step, formula, bind(parameters, precision), precision, self.device)
 
     def _reducer(
         self,
@@ -78,7 +78,7 @@ class DeviceEngine(Engine):
         each: bool,
         dtype: Any = np.float64,
     ) -> Any:
-        return _DeviceReducer(step, formula, bind(parameters, "float64"), reducer, terms, each, dtype, self.device)
+        return TensorReducer(step, formula, bind(parameters, "float64"), reducer, terms, each, dtype, self.device)
 
 
 class _OnDevice:
@@ -130,7 +130,7 @@ class _OnDevice:
         return torch.arange(start, start + count, device=self.device)
 
 
-class _DeviceEvaluator(_OnDevice):
+class TensorEvaluator(_OnDevice):
     """Writes the output words of a formula."""
 
     def __init__(self, step: Step, formula: Any, bound: Bound, precision: str, device: str) -> None:
@@ -154,7 +154,7 @@ class _DeviceEvaluator(_OnDevice):
         return flags
 
 
-class _DeviceReducer(_OnDevice):
+class TensorReducer(_OnDevice):
     """Reduces the values of a formula."""
 
     def __init__(
@@ -196,7 +196,7 @@ class _DeviceReducer(_OnDevice):
         import torch
 
         if self.reducer == "sums":
-            state[:, 0] += torch.stack([term.double().sum() for term in terms]).cpu().numpy()
+            state[:, 0] += [_sum(term.double()) for term in terms]
             return
         if self.reducer == "gram":
             rows = torch.stack([term.double() for term in terms])
@@ -241,6 +241,11 @@ class _DeviceReducer(_OnDevice):
                 if 0 < needed <= hits.size:
                     found[window] = start + int(hits[needed - 1])
                 counts[window] += hits.size
+
+
+def _sum(values: Tensor) -> float:
+    """Return the sum; on a CPU by numpy, whose order does not hang on a number of threads."""
+    return float(values.numpy().sum() if values.device.type == "cpu" else values.sum())
 
 
 def _scalar(value: Any) -> Any:

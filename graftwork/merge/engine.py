@@ -44,6 +44,9 @@ FUSE_ABOVE = 16_000_000
 """Elements in a plan above which kernels are compiled for the very dtypes of the inputs; below, decoding is a pass of
 its own, which spares compilations. The results are the same."""
 
+COMPILED_MODELS = 32
+"""Models up to which formulas are compiled; beyond, that takes longer than evaluating them on torch's CPU tensors."""
+
 _STRIP = 16_384
 """Elements decoded at a time where decoding is a pass of its own."""
 
@@ -736,15 +739,19 @@ class Engine:
         self.buffers.columns = [
             np.ascontiguousarray(made).reshape(-1)
             for maker in makers
-            for made in maker.function(models, base, **maker.parameters)
+            for made in maker.function(models, base, low, **maker.parameters)
         ]
         self.buffers.asked = asked
-        if 4 * step.elements * len(step.models) * len(makers) <= HOLD_BYTES:
+        if sum(column.itemsize for column in self.buffers.columns) * step.elements <= HOLD_BYTES:
             self._columns_kept[asked] = self.buffers.columns
         return self.buffers.columns
 
-    def _evaluator(self, step: Step, formula: Any, parameters: Mapping[str, Any], precision: str) -> _Evaluator:
+    def _evaluator(self, step: Step, formula: Any, parameters: Mapping[str, Any], precision: str) -> Any:
         bound = bind(parameters, precision)
+        if len(step.models) > COMPILED_MODELS:
+            from graftwork.merge.device import TensorEvaluator
+
+            return TensorEvaluator(step, formula, bound, precision, "cpu")
         return _Evaluator(step, formula, bound, precision, self.buffers, fuse=self.fuse)
 
     def _slices(self, step: Step, low: int, high: int, *, reuse: bool = True) -> tuple[Array, Array | None]:
@@ -901,7 +908,11 @@ class Engine:
         terms: int,
         each: bool,
         dtype: Any = np.float64,
-    ) -> _Reducer:
+    ) -> Any:
+        if len(step.models) > COMPILED_MODELS:
+            from graftwork.merge.device import TensorReducer
+
+            return TensorReducer(step, formula, bind(parameters, "float64"), reducer, terms, each, dtype, "cpu")
         bound = bind(parameters, "float32" if reducer == "sums" and dtype == np.float32 else "float64")
         return _Reducer(step, formula, bound, reducer, terms, each, self.buffers, dtype, fuse=self.fuse)
 

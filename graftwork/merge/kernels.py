@@ -24,6 +24,7 @@ import llvmlite.binding
 import numba
 import numpy as np
 from numba import njit, types
+from numba.core.runtime import rtsys
 from numba.extending import intrinsic, overload, register_jitable
 
 from graftwork.merge import vocabulary
@@ -58,11 +59,14 @@ def cached(function: Any) -> Any:
     except RuntimeError:  # neither the package's folder nor the user's can be written to
         return njit(nogil=True, error_model="numpy")(function)
     cache = compiled._cache
-    load, save = cache.load_overload, cache.save_overload
+    # Not `load_overload`: it first registers everything that numba could compile, which takes longer than a small merge
+    # and imports scipy.linalg. Machine code needs none of it, and what has to be compiled after all registers it then.
+    load, save = getattr(cache, "_load_overload", cache.load_overload), cache.save_overload
 
-    def load_or_compile(*arguments: Any) -> Any:
+    def load_or_compile(signature: Any, context: Any) -> Any:
         try:
-            return load(*arguments)
+            rtsys.initialize(context)
+            return load(signature, context)
         except Exception:  # numba raises whatever unpickling does
             with contextlib.suppress(Exception):
                 cache.flush()

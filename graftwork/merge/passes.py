@@ -181,7 +181,8 @@ class ApplyRows:
 class PerElement:
     """A per-model parameter of a formula that has one value per element, made from whole slices.
 
-    `function(models, base, **parameters)` gets arrays as in `ApplyRows` and returns an array for each model.
+    `function(models, base, first, **parameters)` gets arrays (models, slices, …) and (slices, …), typed and valid as
+    those of `RowTable`, and the flat index of the first element; it returns an array for each model.
     """
 
     function: Callable[..., Any]

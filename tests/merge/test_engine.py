@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from graftwork.merge.engine import COMPILED_MODELS
+from graftwork.merge.kernels import kernel
 from graftwork.merge.memory import merge_arrays, program_of
 from graftwork.merge.methods.registry import get
 from graftwork.merge.passes import (
@@ -24,7 +26,7 @@ from graftwork.merge.passes import (
     Streams,
 )
 from tests.contract.table import ROWS, values_of, words_of
-from tests.reference import random_words, ulp
+from tests.reference import excess, random_words, reference, ulp
 
 SHAPE = (300, 171)
 GENERATOR = np.random.default_rng(23)
@@ -128,7 +130,7 @@ class Eager:
                 given[name] = tuple(part(column) for column in words)
             elif isinstance(value, PerElement):
                 below = None if self.base is None else self.base
-                made = np.stack(value.function(np.stack(self.models), below, **value.parameters))
+                made = np.stack(value.function(np.stack(self.models), below, 0, **value.parameters))
                 made = made.astype(np.int64) if made.dtype.kind in "iu" else made
                 given[name] = tuple(part(column) for column in made)
             else:
@@ -163,6 +165,27 @@ def test_a_formula_means_the_same_compiled_and_on_tensors(row):
     different = compiled != eager
     assert np.count_nonzero(different) <= 1e-4 * compiled.size
     assert np.all(np.abs(compiled.astype(np.float64) - eager) <= ulp(eager, "F32"))
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("linear", {"weight": 1.0}), ("ties", {"weight": 1.0, "density": 0.4})]
+)
+def test_many_models_are_merged_without_compiling_for_their_number(method, parameters):
+    generator = np.random.default_rng(12)
+    count = COMPILED_MODELS + 8
+    models = generator.normal(size=(count, 40, 50)).astype(np.float32)
+    base = generator.normal(size=(40, 50)).astype(np.float32)
+    below = None if method == "linear" else base
+    compiled = kernel.cache_info().misses
+    found = merge_arrays(
+        method, [{"t": ("F32", model)} for model in models], below if below is None else {"t": ("F32", below)},
+        parameters=parameters,
+    )["t"]  # fmt: skip
+    assert kernel.cache_info().misses == compiled
+    each = {name: (value,) * count for name, value in parameters.items()}
+    wide = None if below is None else below.astype(np.float64)
+    wanted = reference(method, wide, list(models.astype(np.float64)), **each)
+    assert excess(wanted, found.astype(np.float64), "F32") <= 1
 
 
 # ---------------------------------------------------------------- the same bits

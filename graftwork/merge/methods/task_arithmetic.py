@@ -229,14 +229,15 @@ def _sampling(
     weight = weight if consensus else _shares(weight, normalize)
     limits = tuple(draw_limit(share) for share in density)
     weight = tuple(0.0 if bound < 0 else value for value, bound in zip(weight, limits, strict=True))
-    limit: Any = tuple(np.uint32(max(bound, 0)) for bound in limits)
     scale: Any = (1.0,) * group.models
+    streams = group.random_streams(seed)
+    mask: dict[str, Any] = {"draw": streams, "limit": tuple(np.uint32(max(bound, 0)) for bound in limits)}
     if epsilon is not None and any(0 < share < 1 for share in density):
         ranks = {"density": tuple(density), "epsilon": tuple(epsilon)}
-        limit = PerElement(rank_limits, ranks)
+        drawn = PerElement(dropped, {**ranks, "keys": streams.keys})
+        mask = {"draw": drawn, "limit": (np.uint8(0),) * group.models}
         if rescale == "inverse":
             scale = PerElement(inverse_probabilities, ranks)
-    mask = {"draw": group.random_streams(seed), "limit": limit}
     if rescale == "density":
         scale = tuple(1.0 / share if share > 0 else 1.0 for share in density)
     elif rescale is True and min(density) < 1:
@@ -248,44 +249,64 @@ def _sampling(
 
 
 def _by_rank(
-    models: Array, base: Array, density: Sequence[float], epsilon: Sequence[float], of: Callable[[Array], Any]
+    models: Array, base: Array, density: Sequence[float], epsilon: Sequence[float], of: Callable[..., Any]
 ) -> list[Array]:
-    """Return `of(p)` for each entry of each model.
+    """Return `of(number of the model, rows of the model, rows of the base, p)` for each model, in the tensor's layout.
 
-    p = density - ε + 2ε·r/(c-1), r the rank of |d| in its row of length c, ascending.
-
-    Rows run along the second axis, or along the only one. All rows share a table, as p depends on the rank alone.
+    p = density - ε + 2ε·r/(c-1) by rank r of |d| in its row of length c, ascending; where there is no choice it is one
+    number, and so is what `of` returns. Rows run along the second axis, or along the only one. All rows share p.
     """
-    from graftwork.merge.ranks import by_rank
 
-    rows = base if base.ndim <= 2 else np.moveaxis(base, 1, -1)
-    length = rows.shape[-1]
-    flat = np.ascontiguousarray(rows).reshape(-1, length)
+    def rows(values: Array) -> Array:
+        moved = values if base.ndim <= 2 else np.moveaxis(values, 1, -1)
+        return np.ascontiguousarray(moved).reshape(-1, moved.shape[-1])
+
+    length = base.shape[min(1, base.ndim - 1)]
+    flat = rows(base)
     made = []
-    for model, share, spread in zip(models, density, epsilon, strict=True):
+    for which, (model, share, spread) in enumerate(zip(models, density, epsilon, strict=True)):
         if not 0 < share < 1:
-            made.append(np.full(base.shape, of(np.array(min(max(share, 0.0), 1.0)))))
+            made.append(np.full(base.shape, of(which, None, None, np.array(min(max(share, 0.0), 1.0)))))
             continue
-        own = model if base.ndim <= 2 else np.moveaxis(model, 1, -1)
         slope = 2 * spread / (length - 1) if length > 1 else 0.0
-        table = of((share - spread if length > 1 else share) + slope * np.arange(length))
-        values = by_rank(np.ascontiguousarray(own).reshape(-1, length), flat, table).reshape(rows.shape)
-        made.append(values if base.ndim <= 2 else np.moveaxis(values, -1, 1))
+        shares = (share - spread if length > 1 else share) + slope * np.arange(length)
+        values = of(which, rows(model), flat, shares)
+        if base.ndim > 2:
+            moved = (base.shape[0], *base.shape[2:], base.shape[1])
+            values = np.moveaxis(values.reshape(moved), -1, 1)
+        made.append(values.reshape(base.shape))
     return made
 
 
-def rank_limits(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Any:
-    """Return the largest random draws that keep each entry with its probability."""
+def dropped(
+    models: Array, base: Array, first: int, *, density: Sequence[float], epsilon: Sequence[float], keys: Sequence[int]
+) -> Any:
+    """Return 0 for each entry that is kept at random with its probability, and 1 for the others."""
+    from graftwork.merge.ranks import draws_of, dropped_by_rank
 
-    def limit(probability: Array) -> Any:
-        return np.maximum(np.floor(probability * 4294967296.0 + 0.5) - 1, 0).astype(np.uint32)
+    def of(which: int, model: Array | None, other: Array | None, shares: Array) -> Any:
+        if model is None or other is None:
+            return np.uint8(shares == 0)
+        limits = np.maximum(np.floor(shares * 4294967296.0 + 0.5) - 1, 0).astype(np.uint32)
+        draws = draws_of(keys[which], first, base.size)
+        if base.ndim > 2:
+            draws = np.moveaxis(draws.reshape(base.shape), 1, -1)
+        return dropped_by_rank(model, other, limits, np.ascontiguousarray(draws).reshape(model.shape))
 
-    return _by_rank(models, base, density, epsilon, limit)
+    return _by_rank(models, base, density, epsilon, of)
 
 
-def inverse_probabilities(models: Array, base: Array, *, density: Sequence[float], epsilon: Sequence[float]) -> Any:
+def inverse_probabilities(
+    models: Array, base: Array, first: int, *, density: Sequence[float], epsilon: Sequence[float]
+) -> Any:
     """Return 1/p for each entry."""
-    return _by_rank(models, base, density, epsilon, lambda p: 1.0 / np.where(p > 0, p, 1.0))
+    from graftwork.merge.ranks import by_rank
+
+    def of(which: int, model: Array | None, other: Array | None, shares: Array) -> Any:
+        inverse = 1.0 / np.where(shares > 0, shares, 1.0)
+        return inverse if model is None or other is None else by_rank(model, other, inverse)
+
+    return _by_rank(models, base, density, epsilon, of)
 
 
 def _della_problem(*, density: Sequence[float], epsilon: Sequence[float], **other: Any) -> str | None:
