@@ -16,7 +16,6 @@ import zipfile
 from typing import Any
 
 from graftwork.federated.errors import FederationError
-from graftwork.merge.checkpoint import listed, quoted
 
 CLIENT = "graftwork.federated.client_app:app"
 
@@ -32,6 +31,8 @@ def refuse_foreign_code(content: bytes) -> None:
     Raises:
         FederationError: It does, or it cannot be read.
     """
+    from graftwork.merge.checkpoint import listed, quoted  # not above: a client that is slow to start is given up
+
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             code = [name for name in archive.namelist() if name.lower().endswith(_CODE)]
@@ -57,7 +58,8 @@ def pin(module: Any) -> None:
     """
     lacking = [name for name in ("install_from_fab", "get_load_client_app_fn") if not hasattr(module, name)]
     if lacking:
-        raise FederationError(f"cannot pin the client with this release of Flower: it has no {listed(lacking)}")
+        names = ", ".join(lacking)
+        raise FederationError(f"cannot pin the client with this release of Flower: it has no {names}")
 
     def install(content: bytes, *arguments: Any, **more: Any) -> None:
         refuse_foreign_code(content)

@@ -261,9 +261,20 @@ class SuperNode:
         stream: IO[str] | None = self._process.stdout
         assert stream is not None
         is_quiet = not self.joining.verbose
+        in_traceback = False
         with stream:
             for raw in stream:
                 line = _COLOURS.sub("", raw).rstrip()
+                if is_quiet and line.startswith("Traceback (most recent call last)"):
+                    in_traceback = True
+                    continue
+                if in_traceback and (not line or line[0].isspace()):
+                    continue
+                if in_traceback:  # what was raised, in its last line
+                    in_traceback = False
+                    self.lines.append(line)
+                    self.tell("flower", line, is_problem=True)
+                    continue
                 level = _LEVEL.match(line)
                 line = _LEVEL.sub("", line).strip()
                 if not line:

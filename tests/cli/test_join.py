@@ -128,3 +128,19 @@ def test_an_address_that_is_none_is_told(command: Command, place: Path) -> None:
     found = command(*ARGUMENTS, "--server", "localhost", "--check", "--state", "state")
     assert found.code == 1
     assert "write host:port, such as fl.example.org:9092" in found.out
+
+
+def test_log_lines_are_plain_or_json_and_name_the_site(capsys: pytest.CaptureFixture[str]) -> None:
+    from graftwork.cli.join import _teller
+
+    _teller("oslo", json_logs=False)("waiting", "no server\nthere", is_problem=True)
+    _teller("oslo", json_logs=True)("waiting", "no server there", is_problem=True)
+    plain, structured = capsys.readouterr().err.splitlines()
+    assert plain.endswith("Z oslo: problem: no server there")
+    said = json.loads(structured)
+    assert (said["site"], said["level"], said["event"], said["text"]) == (
+        "oslo",
+        "warning",
+        "waiting",
+        "no server there",
+    )

@@ -163,14 +163,15 @@ def server(made: Path) -> Iterator[str]:
 class listening:  # noqa: N801
     """A TLS server on a port of its own; without a certificate one that answers in plain text."""
 
-    def __init__(self, certificate: Path | None, key: Path | None) -> None:
+    def __init__(self, certificate: Path | None, key: Path | None, *, port: int = 0) -> None:
+        self.port = port
         self.context: ssl.SSLContext | None = None
         if certificate is not None and key is not None:
             self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self.context.load_cert_chain(certificate, key)
 
     def __enter__(self) -> str:
-        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.socket = socket.create_server(("127.0.0.1", self.port))
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
         return f"127.0.0.1:{self.socket.getsockname()[1]}"
@@ -295,17 +296,64 @@ def test_a_server_that_is_down_is_waited_for(
     def sleep(seconds: float) -> None:
         waits.append(seconds)
         if len(waits) == 2 * HOPELESS:
-            late = listening(made / "server" / "server.crt", made / "server" / "server.key")
-            late.socket = socket.create_server(("127.0.0.1", int(address.split(":")[1])))
-            late.thread = threading.Thread(target=late._serve, daemon=True)
-            late.thread.start()
-            opened.append(late)
+            certificates = (made / "server" / "server.crt", made / "server" / "server.key")
+            opened.append(listening(*certificates, port=int(address.split(":")[1])))
+            opened[0].__enter__()
 
     with pytest.raises(KeyboardInterrupt):
         supervise(joining_of(address, keys, tmp_path), tell, sleep=sleep)
     opened[0].__exit__()
     assert len(waits) == 2 * HOPELESS
     assert all("refuses the connection" in text for event, text in told if event == "waiting")
+
+
+def test_of_a_traceback_its_last_line_is_told(
+    program: Program, server: str, keys: Keys, tmp_path: Path, tell: supernode.Tell, told: list[tuple[str, str]]
+) -> None:
+    program(
+        "print('Uvicorn running on x')\nprint('scanner is on')\ndef fail():\n    raise ValueError('no image')\nfail()"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        supervise(joining_of(server, keys, tmp_path), tell, sleep=_interrupted)
+    assert [text for event, text in told if event == "flower"] == ["scanner is on", "ValueError: no image"]
+    assert "exit code 1: ValueError: no image" in told[-1][1]
+
+
+def _interrupted(seconds: float) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_connected_site_says_when_its_server_is_gone_and_when_it_is_back(
+    program: Program,
+    made: Path,
+    keys: Keys,
+    tmp_path: Path,
+    tell: supernode.Tell,
+    told: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supernode, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(supernode, "WATCH_SECONDS", 0.0)
+    program("print('SuperNode ID: 5', flush=True)\ntime.sleep(300)")
+    certificates = (made / "server" / "server.crt", made / "server" / "server.key")
+    server = listening(*certificates)
+    address = server.__enter__()
+
+    def follow(event: str, text: str, *, is_problem: bool = False) -> None:
+        nonlocal server
+        told.append((event, text))
+        if event == "connected":
+            server.__exit__()
+        elif event == "no_connection":
+            server = listening(*certificates, port=int(address.split(":")[1]))
+            server.__enter__()
+        elif event == "server_back":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        supervise(joining_of(address, keys, tmp_path), follow)
+    server.__exit__()
+    assert [event for event, _ in told] == ["connected", "no_connection", "server_back"]
 
 
 # --- nothing is left behind -------------------------------------------------------------------------------------------
@@ -617,7 +665,7 @@ def test_flowers_client_process_runs_our_client_whatever_is_shipped(monkeypatch:
 
 
 def test_a_release_of_flower_that_works_differently_is_refused() -> None:
-    with pytest.raises(FederationError, match='it has no "install_from_fab", "get_load_client_app_fn"'):
+    with pytest.raises(FederationError, match="it has no install_from_fab, get_load_client_app_fn"):
         pin(object())
 
 
