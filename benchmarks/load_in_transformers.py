@@ -5,8 +5,9 @@
 Makes one virtual environment per version (CPU torch first), builds small random models of several families in each,
 merges them with the graftwork of the current environment, and loads every output in both versions. A line is clean if
 no key is missing, unexpected or of another shape; if every tensor is the float64 merge rounded once to bfloat16 (in
-float32 outputs, which are also computed in float32, within a unit of the largest operand's last place); and if the logits are those of the float64 merge but for that rounding. Where an output has a tokenizer, it has
-to load and give the ids. Takes some minutes, mostly to install.
+float32 outputs, which are also computed in float32, within a unit of the largest operand's last place); and if the
+logits are those of the float64 merge but for that rounding. Where an output has a tokenizer, it has to load and give
+the ids. Takes some minutes, mostly to install.
 
 The float64 merges share no code with graftwork: they are written out below, on plain tensors. A tokenizer that
 transformers 5 has saved does not load in transformers 4, merged or not; there only the model is loaded.
