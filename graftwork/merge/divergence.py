@@ -68,14 +68,16 @@ def _exponential_less_one(value: float) -> Any:
 def _sum(values: Any, lane: Any) -> float:
     lane[:] = 0.0
     _total(values, values.size, lane)
-    return lane.sum()
+    total: float = lane.sum()
+    return total
 
 
 @njit(error_model="numpy")
 def _inner(left: Any, right: Any, lane: Any) -> float:
     lane[:] = 0.0
     _dot(left, right, left.size, lane)
-    return lane.sum()
+    total: float = lane.sum()
+    return total
 
 
 @njit(error_model="numpy")
@@ -84,7 +86,8 @@ def _largest(values: Any) -> float:
     found = types.uint64(0)
     for position in range(values.size):
         found = max(found, _bits_of_float64(abs(values[position])))
-    return _float64_of_bits(found)
+    largest: float = _float64_of_bits(found)
+    return largest
 
 
 @njit(error_model="numpy")

@@ -54,9 +54,9 @@ _ROW_VALUES = 1 << 18
 """Values that a function over rows gets at a time, at least one slice."""
 
 WINDOW_BITS = 19
-"""A selection's histogram has up to 2^19 bins."""
+"""A selection's histograms have up to 2^19 bins together."""
 
-_KEPT_BYTES = 16_000_000
+KEPT_BYTES = 16_000_000
 """Keys of a selection that may be kept while they are ranked."""
 
 _SAMPLE = 131_072
@@ -145,8 +145,13 @@ class Step:
         return any(item.entry.dtype == "F64" for item in self.inputs)
 
 
-HOLD_BYTES = 100_000_000
-"""A tensor whose inputs together are not larger is kept in memory between the passes of its method."""
+HOLD_BYTES = 16_000_000
+"""A tensor whose inputs together are not larger is kept in memory between the passes of its method. What does not fit
+the processor's cache is read again from the system's at about the same cost, and then memory does not grow with the
+number of models."""
+
+KEEP_COLUMNS_BYTES = 100_000_000
+"""What a method has computed per element, by ranking for instance, is kept for its next pass up to this size."""
 
 
 class _Held:
@@ -520,7 +525,7 @@ class Engine:
     def _hold(self, step: Step, parallel: bool) -> None:
         """Keep the inputs of a step in memory between its passes, if they are small enough.
 
-        It pays from three passes on: what is read again is in the system's cache, and nearer to the processor.
+        It pays from three passes on.
         """
         size = _Held.size(step)
         if size > HOLD_BYTES:
@@ -742,7 +747,7 @@ class Engine:
             for made in maker.function(models, base, low, **maker.parameters)
         ]
         self.buffers.asked = asked
-        if sum(column.itemsize for column in self.buffers.columns) * step.elements <= HOLD_BYTES:
+        if sum(column.itemsize for column in self.buffers.columns) * step.elements <= KEEP_COLUMNS_BYTES:
             self._columns_kept[asked] = self.buffers.columns
         return self.buffers.columns
 
@@ -986,7 +991,7 @@ class _Selection:
     def _cut(self, key: int, index: int) -> Cut:
         return Cut(float(np.array(key, self.key_dtype).view(self.dtype)), index, self.request.wide)
 
-    def _evaluator(self, number: int, reducer: str) -> _Reducer:
+    def _evaluator(self, number: int, reducer: str) -> Any:
         step, own = self.asked[number]
         return self.engine._reducer(step, own.scores, own.parameters, reducer, self.terms, own.each, self.dtype)
 
@@ -1043,7 +1048,7 @@ class _Selection:
         share = sum(
             self._share(sample[row], *windows[row, rank]) for row, rank in windows if (row, rank) not in guesses
         )
-        if share * self.total * self.key_dtype.itemsize <= _KEPT_BYTES:
+        if share * self.total * self.key_dtype.itemsize <= KEPT_BYTES:
             found.update(self._gather(windows, guesses))
         while windows:
             if not guesses:
@@ -1136,7 +1141,8 @@ class _Selection:
         while len(keys) < len(windows):
             places = [place for place in windows if place not in keys]
             spans = [windows[place] for place in places]
-            shifts = [max(0, (high - low - 1).bit_length() - WINDOW_BITS) for low, high in spans]
+            bits = max(8, WINDOW_BITS - (len(places) - 1).bit_length())
+            shifts = [max(0, (high - low - 1).bit_length() - bits) for low, high in spans]
             above, counts = self._histogram([row for row, _ in places], spans, shifts)
             for position, place in enumerate(places):
                 low, high = windows[place]

@@ -23,7 +23,7 @@ from graftwork.merge.adapter import open_adapted
 from graftwork.merge.chat_template import chosen_template, files_with
 from graftwork.merge.checkpoint import BLOCK, Checkpoint, Part, TensorEntry, module_folders, parse_json
 from graftwork.merge.companions import Beside, Files, check_parent, companions_of, opened
-from graftwork.merge.engine import HOLD_BYTES, SPAN, WINDOW_BITS, Input, Step
+from graftwork.merge.engine import HOLD_BYTES, KEPT_BYTES, SPAN, WINDOW_BITS, Input, Step
 from graftwork.merge.errors import CheckpointError, GraftworkError, MismatchError, RecipeError, did_you_mean
 from graftwork.merge.folder import compare_configs, output_config, side_files, weights_order
 from graftwork.merge.hub import Hub, localised
@@ -226,7 +226,8 @@ class Plan:
                 memory += threads * values * (6 * 8 + 4 + 8)
             if self.method.kind == "selection":
                 windows = len(step.models) * (2 if "gamma" in self.method.parameters else 1)
-                memory += windows * (1 << WINDOW_BITS) * (4 * threads + 8)
+                memory += (1 << WINDOW_BITS) * (4 * threads + 8) + windows * threads * SPAN // 2
+                memory += min(KEPT_BYTES, windows * step.elements // 16)
             largest = max(largest, memory)
             held = max(held, self._held(step, threads))
         return largest + held

@@ -114,7 +114,8 @@ def _first_equal(ordered: Any, rank: int) -> int:
     for steps in range(64):
         if rank - steps == 0 or ordered[rank - steps - 1] != key:
             return rank - steps
-    return np.searchsorted(ordered, key)
+    place: int = np.searchsorted(ordered, key)
+    return place
 
 
 @cached

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from graftwork.merge.checkpoint import Checkpoint, load_torch
-from graftwork.merge.engine import HOLD_BYTES, WINDOW_BITS
+from graftwork.merge.engine import HOLD_BYTES, SPAN, WINDOW_BITS
 from graftwork.merge.errors import CheckpointError, GraftworkError, MismatchError, RecipeError
 from graftwork.merge.plan import Options, make_plan
 from graftwork.merge.recipe import parse_recipe
@@ -665,10 +665,13 @@ def test_memory_counts_histograms_and_what_is_held_between_passes(here):
 
     for threads in (1, 4):
         once, ties, crumbs = (peak(method, threads) for method in ("task_arithmetic", "ties", "breadcrumbs"))
-        histograms = 2 * (1 << WINDOW_BITS) * (4 * threads + 8)
-        assert crumbs - ties == histograms
-        assert ties - once == histograms + 2 * 3 * 1024 * 1024 * 2
-        assert peak("ties", threads, "large") - peak("task_arithmetic", threads, "large") == ties - once - 12 * 1024**2
+        histograms = (1 << WINDOW_BITS) * (4 * threads + 8)  # together, however many models there are
+        kept = 2 * (threads * SPAN // 2 + 1024 * 1024 // 16)
+        assert crumbs - ties == kept
+        assert ties - once == histograms + kept + 2 * 3 * 1024 * 1024 * 2
+        more = 2 * (8192**2 - 1024**2) // 16
+        large = peak("ties", threads, "large") - peak("task_arithmetic", threads, "large")
+        assert large == ties - once - 12 * 1024**2 + more
 
 
 ORDER = """
