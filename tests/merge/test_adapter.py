@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,27 @@ def test_another_base_than_the_adapter_names_is_a_warning(base: Path, tmp_path: 
     plan = make_plan(load_recipe(tmp_path / "recipe.yml").recipes[0])
     plan.close()
     assert any('says that its base is "other-7b", not "base"' in warning for warning in plan.warnings)
+
+
+def test_memory_grows_by_the_two_factors_only(tmp_path: Path) -> None:
+    rows, columns, rank = 4096, 1024, 4
+    save_file({"fc.weight": random(0, rows, columns).bfloat16()}, tmp_path / "base.safetensors")
+    folder = adapter(tmp_path / "a", factors("fc", rows, columns, rank=rank), r=rank)
+    with open_adapted(Checkpoint.open(tmp_path / "base.safetensors"), folder) as checkpoint:
+        entry, part = checkpoint.tensors["fc.weight"], memoryview(bytearray(1 << 16))
+        checkpoint.read_into(entry, 0, part)  # what is compiled is not counted
+    tracemalloc.start()
+    try:
+        with open_adapted(Checkpoint.open(tmp_path / "base.safetensors"), folder) as checkpoint:
+            entry = checkpoint.tensors["fc.weight"]
+            for offset in range(0, entry.size, len(part)):
+                checkpoint.read_into(entry, offset, part)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    factor_bytes = (rows + columns) * rank * 8
+    assert peak < 4 * factor_bytes + 8 * len(part)  # widened once, scaled once; a whole matrix would be 16 MiB
+    assert peak < entry.size / 8
 
 
 def test_threads_may_read_at_once(base: Path, tmp_path: Path) -> None:
