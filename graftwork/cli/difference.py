@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graftwork.cli.inspect import print_summary
 from graftwork.cli.output import plural, print_json, print_table
 from graftwork.cli.problems import readable_errors, tell
 
 if TYPE_CHECKING:
     from graftwork.merge.difference import Difference, Sums, TensorDifference
+    from graftwork.merge.summary import Summary
 
 
 def diff(
@@ -32,13 +34,15 @@ def diff(
 ) -> None:
     """Compare two checkpoints, tensor by tensor and layer by layer.
 
-    The relative change is |A - B| / |A| (Euclidean norms), the cosine that of the angle between A and B.
+    The relative change is |A - B| / |A| (Euclidean norms), the cosine that of the angle between A and B. Two masks are
+    compared by the values on which they agree, two Fisher files by correlation and overlap.
     """
     with readable_errors():
         from graftwork.cli.progress import ByteProgress
         from graftwork.merge.difference import compare, compared_bytes
         from graftwork.merge.reference import open_model
         from graftwork.merge.run import usable_cores
+        from graftwork.merge.summary import compare_files
 
         with (
             open_model(a, allow_pickle=allow_pickle, allow_quantised=True) as left,
@@ -47,6 +51,7 @@ def diff(
             total = compared_bytes(left, right)
             with ByteProgress(total, shown=not quiet, what="comparing") as progress:
                 difference = compare(left, right, threads=threads or usable_cores(), progress=progress.advance)
+            comparison = compare_files(left, right)
         if picture is not None:
             from graftwork.merge.pictures import depth_picture
 
@@ -56,16 +61,17 @@ def diff(
             )
             tell(f"picture: {picture}")
         if as_json:
-            print_json({"a": str(a), "b": str(b), **difference.record()})
+            more = {} if comparison is None else {"kind": comparison.kind, "comparison": comparison.record()}
+            print_json({"a": str(a), "b": str(b), **difference.record(), **more})
             return
-        _print(difference, a, b, top)
+        _print(difference, a, b, top, comparison)
 
 
 def _name(path: Path) -> str:
     return path.resolve().name
 
 
-def _print(difference: Difference, a: Path, b: Path, top: int) -> None:
+def _print(difference: Difference, a: Path, b: Path, top: int, comparison: Summary | None) -> None:
     same = sum(item.is_identical for item in difference.tensors)
     print_table(
         [
@@ -83,6 +89,10 @@ def _print(difference: Difference, a: Path, b: Path, top: int) -> None:
             ),
         ]
     )  # fmt: skip
+    if comparison is not None:
+        print()
+        print_summary(comparison)
+        return
     changed = [item for item in difference.by_change() if not item.is_identical]
     if not changed:
         return

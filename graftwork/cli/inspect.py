@@ -12,6 +12,7 @@ from graftwork.cli.problems import readable_errors
 
 if TYPE_CHECKING:
     from graftwork.merge.inspect import Amount, Description
+    from graftwork.merge.summary import Summary
 
 _LONGEST_VALUE = 160
 _SHOWN_FILES = 12
@@ -27,17 +28,21 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is: its tensors, layers, metadata, and what it was made from.
 
-    Only headers are read.
+    Only headers are read; of masks, Fisher and permutation files the values too, to sum them up by layer.
     """
     with readable_errors():
         from graftwork.merge.inspect import describe
         from graftwork.merge.reference import open_model
+        from graftwork.merge.summary import summarise
 
         with open_model(checkpoint, allow_pickle=allow_pickle, allow_quantised=True) as opened:
             description = describe(opened)
+            summary = summarise(opened)
             entries = list(opened.tensors.values())
         if as_json:
             record: dict[str, Any] = description.record()
+            if summary is not None:
+                record["summary"] = summary.record()
             if tensors:
                 record["tensor_list"] = [
                     {"name": entry.name, "dtype": entry.dtype, "shape": list(entry.shape), "bytes": entry.size,
@@ -48,10 +53,34 @@ def inspect(
             return
         for line in _lines(description):
             print(line)
+        if summary is not None:
+            print()
+            print_summary(summary)
         if tensors:
             print()
             rows = [(entry.name, entry.dtype, _shape(entry.shape), size(entry.size)) for entry in entries]
             print_table(rows, head=("tensor", "dtype", "shape", "size"), right=(3,))
+
+
+def print_summary(summary: Summary) -> None:
+    """Print what values say; shares as percent."""
+    texts = [index for index, cell in enumerate(summary.rows[0]) if isinstance(cell, str)] if summary.rows else []
+    print_table(
+        [[_cell(column, cell) for column, cell in zip(summary.columns, row, strict=True)] for row in summary.rows],
+        head=summary.columns,
+        right=[index for index in range(len(summary.columns)) if index not in texts],
+    )
+
+
+_SHARES = ("density", "decided", "zeros", "moved", "agreement")
+
+
+def _cell(column: str, cell: Any) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, float):
+        return f"{100 * cell:.2f} %" if column.startswith(_SHARES) else f"{cell:.4g}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

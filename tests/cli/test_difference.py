@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file as save_torch
 
+from graftwork.merge.artifact import save_artifact
 from graftwork.merge.checkpoint import BLOCK, Checkpoint
 from graftwork.merge.difference import compare
 from tests.cli.conftest import Command, save, tensors
@@ -126,3 +127,52 @@ def test_a_missing_side_is_one_line(command: Command, models: Path) -> None:
     outcome = command("diff", "a.safetensors", "nowhere.safetensors")
     assert outcome.code == 1
     assert "nowhere.safetensors" in outcome.errors[0]
+
+
+def _artifacts(folder: Path, kind: str, *contents: dict[str, np.ndarray]) -> None:
+    for name, values in zip(("a", "b"), contents, strict=True):
+        save_artifact(folder / f"{name}.safetensors", values, kind=kind, method="test", settings={}, force=True)
+
+
+def test_masks_are_compared_by_what_they_choose(command: Command, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(2, 50)).astype("f4") for _ in range(2))
+    _artifacts(tmp_path, "mask", {"w.logit": a, "v.logit": a, "lambda": a}, {"w.logit": b, "v.logit": a, "lambda": b})
+    rows = {row["tensor"]: row for row in _difference(command)["comparison"]}
+    assert set(rows) == {"v", "w", "all"}
+    p, q = (1 / (1 + np.exp(-value.astype(np.float64).ravel())) for value in (a, b))
+    assert rows["w"]["agreement"] == np.mean((p > 0.5) == (q > 0.5))
+    assert rows["w"]["correlation"] == pytest.approx(np.corrcoef(p, q)[0, 1], abs=1e-12)
+    assert (rows["w"]["density_of_A"], rows["w"]["density_of_B"]) == (pytest.approx(p.mean()), pytest.approx(q.mean()))
+    assert (rows["v"]["agreement"], rows["v"]["correlation"]) == (1.0, pytest.approx(1.0))
+    out = command("diff", "a.safetensors", "b.safetensors").out
+    assert "agreement" in out
+    assert "entries that differ" not in out
+
+
+def test_fishers_are_compared_by_correlation_and_overlap(command: Command, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.random(60).astype("f4") for _ in range(2))
+    apart = np.array([1, 0, 0, 0], "f4"), np.array([0, 0, 2, 0], "f4")
+    _artifacts(
+        tmp_path, "fisher", {"w": a, "apart": apart[0], "same": a, "flat": np.ones(3, "f4")},
+        {"w": b, "apart": apart[1], "same": 3 * a, "flat": np.ones(3, "f4")},
+    )  # fmt: skip
+    rows = {row["tensor"]: row for row in _difference(command)["comparison"]}
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    assert rows["w"]["correlation"] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-12)
+    scaled = x / x.sum(), y / y.sum()
+    distance = 0.5 * np.sum((np.sqrt(scaled[0]) - np.sqrt(scaled[1])) ** 2)
+    assert rows["w"]["overlap"] == pytest.approx(1 - distance, rel=1e-12)
+    assert rows["apart"]["overlap"] == 0
+    assert rows["same"]["overlap"] == pytest.approx(1, rel=1e-6)
+    assert rows["flat"]["correlation"] is None
+
+
+def test_files_of_different_kinds_are_compared_as_tensors(command: Command, tmp_path: Path) -> None:
+    values = {"w": np.ones(4, np.float32)}
+    _artifacts(tmp_path, "fisher", values, values)
+    save_artifact(tmp_path / "b.safetensors", values, kind="model", method="test", settings={}, force=True)
+    record = _difference(command)
+    assert "comparison" not in record
+    assert record["is_identical"]
