@@ -114,6 +114,7 @@ class Worker:
         if site is not None:
             site.refuse_algorithm(experiment.algorithm)
         self.experiment = experiment
+        self._identity = experiment.identity
         self.private = private
         self.site = site
         self._federation = federation
@@ -169,7 +170,7 @@ class Worker:
         if request.question == messages.ROLL_CALL:
             return Message(messages.reply_content(site, {}, 0, {}), reply_to=message)
         task = self.federation.sites[site]
-        store = PrivateState(self.private / site, self.experiment.identity)
+        store = PrivateState(self.private / site, self._identity)
         # A question or an evaluation may see what the round itself has left; training never does.
         private, stamp = store.load(request.round if request.kind == "train" else request.round + 1)
         compute = CPU if self.site is None else self.site.compute
@@ -206,7 +207,9 @@ class Worker:
         _check(update, site)
         if self.site is not None:
             self.site.refuse_tensors(update.tensors)
-        content = messages.reply_content(site, update.tensors, update.examples, update.metrics)
+        content = messages.reply_content(
+            site, update.tensors, update.examples, update.metrics, is_local=request.is_local
+        )
         if update.private is not None and request.kind != "evaluate":
             store.save(update.private, request.round, site)
         return Message(content, reply_to=message)

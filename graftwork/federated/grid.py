@@ -51,6 +51,9 @@ class InProcessGrid(Grid):
         sites: Names of the sites; each is a node.
     """
 
+    is_local = True
+    """Whether clients run in this process, so that tensors need not be serialised."""
+
     def __init__(self, app: App, sites: Sequence[str]) -> None:
         _identify()
         self._app = app
@@ -143,6 +146,8 @@ class ProcessGrid(InProcessGrid):
         sites: Names of the sites.
         workers: How many processes.
     """
+
+    is_local = False
 
     def __init__(self, experiment: Experiment, private: Path, sites: Sequence[str], workers: int) -> None:
         super().__init__(_unused, sites)

@@ -22,7 +22,7 @@ import functools
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -164,6 +164,8 @@ def _raw_from(array: Array, code: str | None) -> Raw:
     Raises:
         ValueError: It is not what it says.
     """
+    if isinstance(array, LocalArray):
+        return array.raw
     if array.stype != "numpy.ndarray":
         raise ValueError(f"is serialised as {readable(array.stype)}, not as numpy.ndarray")
     if array.dtype not in _NUMPY_NAMES:
@@ -216,27 +218,84 @@ def _coded(values: Values, code: str | None) -> Raw:
     return found, values.view(dtypes.RAW[found]) if found in dtypes.RAW else values
 
 
+class LocalArray(Array):
+    """An array that stays in this process: it refers to a tensor's words, and makes bytes of them only when asked.
+
+    Pickled it becomes a plain Array, so what comes from elsewhere never is one.
+    """
+
+    raw: Raw
+    size: int
+    """Bytes that it would have."""
+
+    @classmethod
+    def of(cls, raw: Raw) -> LocalArray:
+        """Return an array that shares memory with raw words."""
+        code, words = raw
+        name = _CARRIERS.get(code, _NAMES[code])
+        # Flower's own constructor checks and copies more than there is to a few words.
+        self = cls.__new__(cls)
+        size = len(_header(name, words.shape)) + words.nbytes
+        self.__dict__.update(dtype=name, shape=words.shape, stype="numpy.ndarray", raw=raw, size=size)
+        return self
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """Its bytes, as they would cross the wire."""
+        return _array_of(self.raw).data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Tensors as Flower sends them.
+
+    Args:
+        record: The arrays.
+        dtypes: JSON of the dtypes that numpy lacks, by name.
+        size: Bytes of the arrays.
+    """
+
+    record: ArrayRecord
+    dtypes: str
+    size: int
+
+
 class Encoder:
-    """Turns tensors into Flower's arrays, each tensor object once: what goes to all sites is serialised once."""
+    """Turns tensors into Flower's arrays, each tensor object once: what goes to all sites is serialised once.
 
-    def __init__(self) -> None:
+    Args:
+        is_local: Whether they stay in this process, so that nothing is serialised.
+    """
+
+    def __init__(self, *, is_local: bool = False) -> None:
+        self._make: Callable[[Raw], Array] = LocalArray.of if is_local else _array_of
         self._done: dict[int, tuple[Tensor, Array]] = {}
+        self._records: dict[tuple[Any, ...], tuple[Mapping[str, Tensor], Encoded]] = {}
 
-    def record(self, tensors: Mapping[str, Tensor]) -> tuple[ArrayRecord, dict[str, str]]:
-        """Return the record, and the dtypes that numpy lacks by name."""
-        arrays: dict[str, Array] = {}
+    def record(self, tensors: Mapping[str, Tensor]) -> Encoded:
+        """Return the tensors encoded; the same tensors under the same names are the same record."""
+        key = (tuple(tensors), *map(id, tensors.values()))
+        held = self._records.get(key)
+        if held is not None:
+            return held[1]
+        record = ArrayRecord()  # filled one by one: given all at once, it would copy them
         odd: dict[str, str] = {}
         for name in sorted(tensors):
             tensor = tensors[name]
             known = self._done.get(id(tensor))
             if known is None:
-                known = (tensor, _array_of(raw_of(tensor)))
+                known = (tensor, self._make(raw_of(tensor)))
                 self._done[id(tensor)] = known
-            arrays[name] = known[1]
+            record[name] = known[1]
             code = _CODES[str(tensor.dtype).removeprefix("torch.")]
             if code in _CARRIERS:
                 odd[name] = code
-        return ArrayRecord(arrays, keep_input=True), odd
+        encoded = Encoded(record, json.dumps(odd), size_of(record))
+        self._records[key] = (dict(tensors), encoded)  # who holds them keeps their identities from being used again
+        return encoded
 
 
 def decode_arrays(record: ArrayRecord, odd: Mapping[str, str]) -> dict[str, Raw]:
@@ -321,6 +380,7 @@ class Request:
         question: What a query asks.
         tensors: What is sent, by flat name.
         config: The algorithm's small values.
+        is_local: Whether it comes from this process.
     """
 
     kind: str
@@ -329,31 +389,41 @@ class Request:
     question: str = ""
     tensors: Mapping[str, Raw] = field(default_factory=dict)
     config: Mapping[str, Scalar] = field(default_factory=dict)
+    is_local: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a reply holds, decoded but not yet judged."""
+    """What a reply holds, decoded but not yet judged.
+
+    Args:
+        site: Who says to have sent it.
+        examples: How many examples are said to stand behind it.
+        tensors: Raw words by flat name.
+        metrics: Numbers.
+        is_local: Whether all tensors come from our own worker in this process, which has seen that they are finite.
+    """
 
     site: str
     examples: float
     tensors: Mapping[str, Raw]
     metrics: Mapping[str, float]
+    is_local: bool = False
 
 
 def request_content(
     request: Request, config: Mapping[str, Scalar], encoder: Encoder, tensors: Mapping[str, Tensor]
 ) -> tuple[RecordDict, int]:
     """Return a request's content and the number of bytes of its tensors."""
-    record, odd = encoder.record(tensors)
+    encoded = encoder.record(tensors)
     own: dict[str, Any] = {
         "round": request.round,
         "rounds": request.rounds,
         "question": request.question,
-        "dtypes": json.dumps(odd),
+        "dtypes": encoded.dtypes,
     }
-    content = RecordDict({ARRAYS: record, CONFIG: ConfigRecord({**config}), OWN: ConfigRecord(own)})
-    return content, size_of(record)
+    content = RecordDict({ARRAYS: encoded.record, CONFIG: ConfigRecord({**config}), OWN: ConfigRecord(own)})
+    return content, encoded.size
 
 
 def read_request(message: Message) -> Request:
@@ -381,6 +451,7 @@ def read_request(message: Message) -> Request:
         question=str(own.get("question", "")),
         tensors=tensors,
         config={key: value for key, value in config.items() if isinstance(value, bool | int | float | str)},
+        is_local=any(isinstance(array, LocalArray) for array in arrays.values()),
     )
 
 
@@ -392,14 +463,18 @@ def _whole(record: ConfigRecord, key: str) -> int:
 
 
 def reply_content(
-    site: str, tensors: Mapping[str, Tensor], examples: float, metrics: Mapping[str, float]
+    site: str,
+    tensors: Mapping[str, Tensor],
+    examples: float,
+    metrics: Mapping[str, float],
+    *,
+    is_local: bool = False,
 ) -> RecordDict:
-    """Return the content of a reply."""
-    record, odd = Encoder().record(tensors)
+    """Return the content of a reply; what stays in this process shares memory with the tensors."""
+    encoded = Encoder(is_local=is_local).record(tensors)
     numbers: dict[str, Any] = {EXAMPLES: float(examples), **{key: float(value) for key, value in metrics.items()}}
-    return RecordDict(
-        {ARRAYS: record, METRICS: MetricRecord(numbers), OWN: ConfigRecord({"site": site, "dtypes": json.dumps(odd)})}
-    )
+    own: dict[str, Any] = {"site": site, "dtypes": encoded.dtypes}
+    return RecordDict({ARRAYS: encoded.record, METRICS: MetricRecord(numbers), OWN: ConfigRecord(own)})
 
 
 def read_answer(message: Message, forms: Mapping[str, Form] | None = None) -> Answer:
@@ -443,7 +518,8 @@ def _answer(message: Message, forms: Mapping[str, Form] | None) -> Answer:
     _check_sizes(arrays, forms)
     tensors = decode_arrays(arrays, _odd_dtypes(own))
     examples = numbers.pop(EXAMPLES)
-    return Answer(site, examples, tensors, numbers)
+    is_local = all(isinstance(array, LocalArray) for array in arrays.values())
+    return Answer(site, examples, tensors, numbers, is_local)
 
 
 def _float(key: str, value: float) -> float:
@@ -455,4 +531,4 @@ def _float(key: str, value: float) -> float:
 
 def size_of(record: ArrayRecord) -> int:
     """Return the bytes of a record's arrays."""
-    return sum(len(array.data) for array in record.values())
+    return sum(array.size if isinstance(array, LocalArray) else len(array.data) for array in record.values())

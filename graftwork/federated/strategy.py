@@ -268,7 +268,7 @@ class Strategy:
         line["train_loss"] = _mean([(reply.examples, reply.metrics.get("loss")) for reply in replies])
         line["algorithm"] = self._after_round(replies)
         for name, value in server.shared.items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
+            if value.is_floating_point() and not _is_finite(messages.raw_of(value)):
                 raise FederationError(f"round {server.round}: {quoted(name)} is not finite after the aggregation")
         if last or server.round % experiment.evaluate_every == 0:
             self._evaluate(line, sites)
@@ -312,13 +312,14 @@ class Strategy:
         """Send, wait, judge and aggregate."""
         server = self.server
         sent: dict[str, Outgoing] = {site: self.algorithm.outgoing(server, site) for site in asked}
-        forms = {
-            site: {
-                **self.algorithm.expected(server, sent[site].tensors),
-                **self.operator.expected(server, sent[site].tensors),
-            }
-            for site in asked
-        }
+        by_parcel: dict[int, dict[str, Form]] = {}
+        forms: dict[str, dict[str, Form]] = {}
+        for site in asked:  # most are sent the same tensors, and so have to answer alike
+            tensors = sent[site].tensors
+            if id(tensors) not in by_parcel:
+                expected = self.algorithm.expected(server, tensors)
+                by_parcel[id(tensors)] = {**expected, **self.operator.expected(server, tensors)}
+            forms[site] = by_parcel[id(tensors)]
         exchange = self._exchange("train", asked, sent.__getitem__, forms.__getitem__, quorum=self.experiment.quorum)
         self._reject_outliers(exchange)
         self._need("train", exchange, self.experiment.quorum)
@@ -539,7 +540,7 @@ class Strategy:
 
         def send(chosen: Sequence[str]) -> int:
             """Send; return the bytes of all that was sent."""
-            encoder, outbox, size = messages.Encoder(), [], 0
+            encoder, outbox, size = messages.Encoder(is_local=getattr(grid, "is_local", False)), [], 0
             for site in chosen:
                 parcel = outgoing(site)
                 content, of_parcel = messages.request_content(request, parcel.config, encoder, parcel.tensors)
@@ -858,12 +859,13 @@ def misfit(answer: messages.Answer, forms: Mapping[str, Form] | None) -> str | N
             if not same:
                 return f"{quoted(name)} has shape {got.shape}, not {form.shape}"
     for name, raw in answer.tensors.items():
-        if messages.is_float(raw[0]) and not _is_finite(raw):
+        if not answer.is_local and messages.is_float(raw[0]) and not _is_finite(raw):
             return f"{quoted(name)} has values that are not finite"
     return f"its {messages.readable(odd[0])} is {answer.metrics[odd[0]]}" if odd else None
 
 
 _CHUNK = 1 << 16
+_AT_HAND = 1 << 15
 
 
 def _is_finite(raw: Raw) -> bool:
@@ -881,15 +883,22 @@ def _is_finite(raw: Raw) -> bool:
 
 
 def _change(reply: Received, base: Mapping[str, Any]) -> float:
-    """Return the norm of what a reply changes in the model, in float64."""
+    """Return the norm of what a reply changes in the model, summed in float64."""
     total = 0.0
     raws = _raws(reply)
+    rooms: dict[Any, Any] = {}
     for name, before in base.items():
         if name not in raws:
             continue
         after = messages.float_values(raws[name]).reshape(-1)
-        for start in range(0, before.size, _CHUNK):
-            part = after[start : start + _CHUNK] - before[start : start + _CHUNK]
+        wider = np.result_type(after, before)
+        # What the processor keeps at hand is written over and over, instead of new memory.
+        if wider not in rooms:
+            rooms[wider] = np.empty(_AT_HAND, wider)
+        room = rooms[wider]
+        for start in range(0, before.size, _AT_HAND):
+            part = room[: min(_AT_HAND, before.size - start)]
+            np.subtract(after[start : start + _AT_HAND], before[start : start + _AT_HAND], out=part)
             total += float(np.dot(part, part))
     return math.sqrt(total) if math.isfinite(total) else math.inf
 

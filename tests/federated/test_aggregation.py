@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -112,14 +114,48 @@ def test_a_wrong_aggregation_is_refused_before_anything_runs(text: str, problem:
     ],
 )
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 1, 4)])
-def test_tensors_of_every_dtype_come_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("is_local", [False, True])
+def test_tensors_of_every_dtype_come_back_bit_for_bit(
+    dtype: torch.dtype, shape: tuple[int, ...], is_local: bool
+) -> None:
     tensor = (torch.randn(shape) * 3).to(dtype)
-    record, odd = Encoder().record({"x": tensor})
-    back = tensor_of(decode_arrays(record, odd)["x"])
+    encoded = Encoder(is_local=is_local).record({"x": tensor})
+    back = tensor_of(decode_arrays(encoded.record, json.loads(encoded.dtypes))["x"])
     assert back.dtype == tensor.dtype
     assert back.shape == tensor.shape
     words = [value.numel() and value.reshape(-1).view(torch.uint8).tolist() for value in (back, tensor)]
     assert words[0] == words[1]
+
+
+def test_arrays_that_stay_in_the_process_are_what_would_cross_the_wire() -> None:
+    """Of the same size, in the same bytes, and plain ones as soon as they are pickled."""
+    import pickle
+
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.randn(7).bfloat16()}
+    sent, local = Encoder().record(tensors), Encoder(is_local=True).record(tensors)
+    assert (local.size, local.dtypes) == (sent.size, sent.dtypes)
+    for name in tensors:
+        assert local.record[name].data == sent.record[name].data
+        assert np.array_equal(local.record[name].numpy(), sent.record[name].numpy())
+        assert type(pickle.loads(pickle.dumps(local.record[name]))) is type(sent.record[name])
+
+
+def test_the_mean_is_rounded_once_however_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against products and sums in float64: in memory, compiled, and one reply after the other."""
+    from graftwork.federated.aggregation import mean as module
+
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=module.CHUNK + 100).astype(np.float32) for _ in range(5)]
+    weights = [3.0, 1.0, 4.0, 1.0, 5.0]
+    expected = np.zeros(module.CHUNK + 100)
+    for value, weight in zip(values, weights, strict=True):
+        expected += value.astype(np.float64) * (weight / 14.0)
+    raws = [("F32", value) for value in values]
+    found = [module.mean(iter(raws), weights), module.means([{"x": raw} for raw in raws], ["x"], weights)["x"]]
+    monkeypatch.setattr(module, "COMPILED_ABOVE", 0)
+    found.append(module.means([{"x": raw} for raw in raws], ["x"], weights)["x"])
+    for each in found:
+        assert np.array_equal(each.numpy(), expected.astype(np.float32))
 
 
 def test_arrays_that_lie_are_refused() -> None:

@@ -28,7 +28,8 @@ COMPILED_ABOVE = 1 << 22
 
 def means(replies: Sequence[Mapping[str, Raw]], names: Sequence[str], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return the mean of replies in memory tensor by tensor; see `mean`."""
-    return {name: _mean_at_hand([reply[name] for reply in replies], weights) for name in names}
+    is_large = sum(replies[0][name][1].size for name in names) * len(replies) > COMPILED_ABOVE if replies else False
+    return {name: _mean_at_hand([reply[name] for reply in replies], weights, is_large) for name in names}
 
 
 def mean(values: Iterable[Raw], weights: Sequence[float]) -> Tensor:
@@ -52,14 +53,14 @@ def mean(values: Iterable[Raw], weights: Sequence[float]) -> Tensor:
     return _rounded(sum_, code, shape)
 
 
-def _mean_at_hand(values: Sequence[Raw], weights: Sequence[float]) -> Tensor:
+def _mean_at_hand(values: Sequence[Raw], weights: Sequence[float], is_large: bool) -> Tensor:
     """Return the same for values that are all in memory: span by span, so that sums never leave the cache."""
     code, words = values[0]
     total = math.fsum(weights)
     shares = [weight / total for weight in weights]
     flat = [raw[1].reshape(-1) for raw in values]
     add: Callable[[Values, Values, float, Values], None] = _add
-    if code == "F32" and words.size * len(values) > COMPILED_ABOVE:
+    if code == "F32" and is_large:
         from graftwork.federated.aggregation.kernels import add_scaled as add
     result = np.empty(words.size, np.float32 if code == "F32" else np.float64)
     sums, product = np.empty(CHUNK), np.empty(CHUNK)
