@@ -182,7 +182,7 @@ def delays(generator: random.Random | None = None) -> Iterator[float]:
 
 
 class SuperNode:
-    """One `flower-supernode` process with all that it starts.
+    """One SuperNode process with all that it starts.
 
     Args:
         joining: What it is started with.
@@ -237,7 +237,7 @@ class SuperNode:
         if joining.deterministic:
             environment.setdefault(*WORKSPACE)
         command = [
-            flower_program("flower-supernode"),
+            *supernode_command(),
             "--superlink", joining.server,
             "--root-certificates", str(joining.keys.authority),
             "--auth-supernode-private-key", str(joining.keys.private),
@@ -368,6 +368,11 @@ def node_config(joining: Joining) -> str:
         else:
             raise FederationError(f"cannot use the path {quoted(value)}: Flower cannot read its quotation marks")
     return " ".join(words)
+
+
+def supernode_command() -> list[str]:
+    """Return what starts Flower's SuperNode."""
+    return [sys.executable, "-P", "-m", "graftwork.federated.patience"]
 
 
 def flower_program(name: str) -> str:

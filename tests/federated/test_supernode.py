@@ -24,6 +24,7 @@ import pytest
 from graftwork.federated import supernode
 from graftwork.federated.authority import make_keys
 from graftwork.federated.errors import FederationError
+from graftwork.federated.patience import be_patient
 from graftwork.federated.pinned import CLIENT, pin, refuse_foreign_code
 from graftwork.federated.preflight import Keys, Reach, check_keys, check_state, fingerprint, probe, split_address
 from graftwork.federated.supernode import (
@@ -146,10 +147,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
         )
         path.chmod(0o755)
 
-    real = supernode.flower_program
-    monkeypatch.setattr(
-        supernode, "flower_program", lambda name: str(path) if name == "flower-supernode" else real(name)
-    )
+    monkeypatch.setattr(supernode, "supernode_command", lambda: [str(path)])
     return write
 
 
@@ -363,8 +361,7 @@ import sys
 from pathlib import Path
 from graftwork.federated import supernode
 from graftwork.federated.preflight import Keys
-real = supernode.flower_program
-supernode.flower_program = lambda name: {program!r} if name == "flower-supernode" else real(name)
+supernode.supernode_command = lambda: [{program!r}]
 keys = Keys(Path({keys!r}), "oslo")
 def tell(event, text, *, is_problem=False): print(event, text, flush=True)
 try:
@@ -662,6 +659,37 @@ def test_flowers_client_process_runs_our_client_whatever_is_shipped(monkeypatch:
     assert module.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)("x/y", "1.0", "0") is app
     with pytest.raises(FederationError, match="brings code"):
         module.install_from_fab(fab(pyproject_toml=project(), client_py="x"), skip_prompt=True)
+
+
+def test_a_client_process_has_two_minutes_to_start_and_flowers_limits_from_then_on() -> None:
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.corestate.in_memory_corestate import InMemoryCoreState
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+
+    class Patient(InMemoryNodeState):
+        claim_task = InMemoryCoreState.claim_task
+
+    assert be_patient(Patient)
+    left = {}
+    for kind in (InMemoryNodeState, Patient):
+        state = kind(ObjectStoreFactory().store())
+        task = state.create_task(task_type=TaskType.CLIENT_APP, run_id=1, fab_hash="x")
+        assert task is not None
+        assert state.claim_task(task)
+        assert state.claim_task(task) is None
+
+        def seconds(state: InMemoryNodeState = state, task: int = task) -> float:
+            until = state.task_token_store[task].active_until
+            return (until - datetime.datetime.now(until.tzinfo)).total_seconds()
+
+        starting = seconds()
+        state.activate_task(task)
+        left[kind] = (starting, seconds())
+    assert 25 < left[InMemoryNodeState][0] <= 30
+    assert 115 < left[Patient][0] <= 120
+    assert abs(left[Patient][1] - left[InMemoryNodeState][1]) < 5
+    assert not be_patient(object())
 
 
 def test_a_release_of_flower_that_works_differently_is_refused() -> None:
