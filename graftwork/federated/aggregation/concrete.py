@@ -59,11 +59,11 @@ class ConcreteOperator(Operator):
     options: ClassVar[Mapping[str, Option]] = {
         "where": Option("auto", ("auto", "server", "clients")),
         "steps": Option(None, int, 1),
-        "learning_rate": Option(3e-2, float, 0),
-        "coefficient_rate": Option(5e-3, float, 0),
+        "learning_rate": Option(3e-2, float),
+        "coefficient_rate": Option(5e-3, float),
         "batch": Option(16, int, 2),
         "loss": Option("kl", ("kl", "im", "entropy")),
-        "temperature": Option(0.5, float, 0),
+        "temperature": Option(0.5, float),
         "coefficient": Option(None, float),
         "examples": Option(None, int, 2),
     }
@@ -74,8 +74,16 @@ class ConcreteOperator(Operator):
 
     @classmethod
     def problems_of(cls, aggregation: Aggregation) -> list[str]:
-        """Return what the engine has against the other parameters."""
-        return list(engine.problems(aggregation.method, aggregation.without(cls.options).parameters))
+        """Return what is wrong with how to learn, and what the engine has against the other parameters."""
+        from graftwork.merge.errors import RecipeError
+        from graftwork.merge.subspace.learning import Learning
+
+        own, found = aggregation.values(cls.options), []
+        try:
+            Learning(**{key: own[key] for key in ("learning_rate", "coefficient_rate", "temperature")})
+        except (RecipeError, TypeError) as error:
+            found = list(error.problems) if isinstance(error, RecipeError) else []  # no numbers: said already
+        return [*found, *engine.problems(aggregation.method, aggregation.without(cls.options).parameters)]
 
     def _is_local(self, server: Server) -> bool:
         """Return whether the sites learn."""

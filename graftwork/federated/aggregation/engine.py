@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftwork.federated.errors import FederationError
 from graftwork.federated.messages import tensor_of
-from graftwork.merge.checkpoint import quoted
+from graftwork.merge.checkpoint import listed, quoted
 from graftwork.merge.errors import RecipeError
 from graftwork.merge.memory import merge_arrays, program_of
 from graftwork.merge.methods import registry
@@ -28,10 +28,37 @@ def problems(name: str, parameters: Mapping[str, Any]) -> Iterator[str]:
     if method.maximum_models is not None:
         yield f"it takes at most {method.maximum_models} besides a base; a round has one per client"
         return
+    wrong = [
+        f"{key} is {value!r}, not {described}"
+        for key, value in parameters.items()
+        if key in method.parameters and (described := _unlike(method.parameters[key], value))
+    ]
+    if wrong:
+        yield from wrong
+        return
     try:
         program_of(method, 2, with_weights(method, parameters, [1.0, 1.0]))
     except RecipeError as error:
         yield from error.problems
+
+
+def _unlike(parameter: registry.Parameter, value: Any) -> str:
+    """Return what a value should be and is not; empty if it may be right."""
+    if value is None:
+        return ""
+    if isinstance(parameter.type, tuple):
+        return "" if value in parameter.type else f"one of {listed(parameter.type)}"
+    values = value if isinstance(value, list | tuple) and parameter.per_model else [value]
+    is_number = bool(values) and all(isinstance(each, int | float) and not isinstance(each, bool) for each in values)
+    if parameter.type not in (int, float):
+        return ""
+    if not is_number:
+        return "a number"
+    if parameter.minimum is not None and min(values) < parameter.minimum:
+        return f"a number of at least {parameter.minimum:g}"
+    if parameter.maximum is not None and max(values) > parameter.maximum:
+        return f"a number of at most {parameter.maximum:g}"
+    return ""
 
 
 def with_weights(method: registry.Method, parameters: Mapping[str, Any], weights: Sequence[float]) -> dict[str, Any]:

@@ -97,6 +97,8 @@ class PermutationOperator(Operator):
         try:
             spec = self.spec(server)
         except GraftworkError as error:
+            if self.aggregation.values(self.options)["spec"] is not None:
+                return list(error.problems[:1])
             return [
                 f"it is not known which units may be re-ordered ({problem}); name a file with --spec"
                 for problem in error.problems[:1]
