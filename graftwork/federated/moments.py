@@ -305,7 +305,8 @@ def from_tensors(tensors: Mapping[str, Tensor], form: Form, classes: int, featur
     if form == "lowrank":
         shapes |= {ROWS: (classes, *tensors[ROWS].shape[1:2], width), RESIDUALS: (classes,)}
     elif form == "factor":
-        shapes |= {ROWS: (int(tensors[ROW_COUNTS].sum()), width), ROW_COUNTS: (classes,)}
+        # Summed as Python's numbers: those of a tensor could overflow to a sum that fits.
+        shapes |= {ROWS: (sum(tensors[ROW_COUNTS].reshape(-1).tolist()), width), ROW_COUNTS: (classes,)}
     else:
         shapes[TRIANGLES] = (groups, width * (width + 1) // 2)
     for name, shape in shapes.items():
@@ -314,6 +315,9 @@ def from_tensors(tensors: Mapping[str, Tensor], form: Form, classes: int, featur
                 f'its statistics "{name}" have shape {tuple(tensors[name].shape)}, this federation needs {shape}; '
                 "do all sites have the same encoder and classes?"
             )
+    most = width * (classes if form == "factor" else 1)
+    if ROWS in tensors and tensors[ROWS].shape[-2] > most:
+        raise FederationError(f"it has {tensors[ROWS].shape[-2]} directions, and there are {most} at most")
     if bool((counts < 0).any()):
         raise FederationError(f"it counts {float(counts.min()):g} embeddings of a class")
     none = torch.zeros(groups, dtype=torch.float64)

@@ -527,8 +527,6 @@ class Strategy:
         request = messages.Request(kind, self.server.round, self.experiment.rounds, question)
         deadline = self.experiment.deadline if patience is None else patience
         times_itself = hasattr(grid, "deadline")
-        if times_itself:
-            grid.deadline = deadline
         begun = time.monotonic()
         limit = math.inf if deadline is None or times_itself else begun + deadline
         until = limit if limit < math.inf else begun + PATIENCE_SECONDS
@@ -562,6 +560,8 @@ class Strategy:
         found.bytes += send(sites)
         counts: Counter[tuple[str, str]] = Counter()
         while True:
+            if times_itself:
+                grid.deadline = deadline  # a roll call in between has one of its own
             came = list(grid.pull_messages(list(pending))) if pending else []
             for message in came:
                 identifier = message.metadata.reply_to_message_id

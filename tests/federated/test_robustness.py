@@ -24,6 +24,7 @@ from graftwork.federated.domains import Federation
 from graftwork.federated.errors import FederationError
 from graftwork.federated.grid import InProcessGrid, _identify
 from graftwork.federated.messages import raw_of, read_answer, read_request
+from graftwork.federated.moments import class_moments, from_tensors, to_tensors
 from graftwork.federated.strategy import Strategy, misfit
 from graftwork.merge.task import Task
 from tests.federated.toys import CLASSES, FaultyGrid, batches, examples, experiment, toy_federation
@@ -269,3 +270,19 @@ def test_what_a_failing_site_says_becomes_one_short_line(tmp_path: Path) -> None
     said = outcome.lines[0]["failed"]["s1"]
     assert said.isprintable()
     assert len(said) <= messages.LONGEST_REASON
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "reason"),
+    [
+        ("factor", {"row_counts": torch.tensor([1 << 62, 1 << 62, 1 << 62, (1 << 62) + 4])}, "have shape"),
+        ("factor", {"rows": torch.zeros(400, 3), "row_counts": torch.tensor([100] * 4)}, "400 directions"),
+        ("lowrank", {"rows": torch.zeros(4, 50, 3)}, "50 directions"),
+    ],
+)
+def test_statistics_of_impossible_size_are_refused(form: Any, change: dict[str, torch.Tensor], reason: str) -> None:
+    points = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    sound = to_tensors(class_moments(points, torch.arange(40) % 4, 4, form=form), form)
+    from_tensors(sound, form, 4, 3)
+    with pytest.raises(FederationError, match=reason):
+        from_tensors({**sound, **change}, form, 4, 3)
