@@ -83,6 +83,17 @@ def test_any_method_of_the_engine_whose_needs_are_met() -> None:
         assert all(bool(value.isfinite().all()) for value in found.values())
 
 
+def test_many_replies_are_merged_without_a_kernel_for_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graftwork.federated.aggregation import engine
+
+    replies = models(4)
+    compiled = merged("ties:density=0.5", replies, [1.0, 2.0, 1.0, 3.0])
+    monkeypatch.setattr(engine, "MANY", 3)
+    found = merged("ties:density=0.5", replies, [1.0, 2.0, 1.0, 3.0])
+    for name, value in compiled.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
