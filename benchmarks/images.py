@@ -385,6 +385,8 @@ BARS = (
 
 def draw(work: Path, suites: Sequence[str], seeds: Sequence[int], rows: Mapping[str, Row], path: Path) -> None:
     """Draw the accuracy of every row and task, for the first seed there is."""
+    from PIL import Image
+
     from graftwork.merge.pictures import bar_picture
 
     shown, groups = {}, {}
@@ -396,8 +398,12 @@ def draw(work: Path, suites: Sequence[str], seeds: Sequence[int], rows: Mapping[
                 shown[label], groups[label] = found[0]["accuracy"], suite
     bar_picture(
         shown, path, title=f"One network for {len(next(iter(shown.values())))} kinds of images",
-        subtitle="Accuracy on test images; learned on training images without labels", groups=groups,
+        subtitle="Accuracy on test images; learned on training images without labels",
+        groups=groups if len(suites) > 1 else None,
     )  # fmt: skip
+    with Image.open(path) as drawn:
+        small = drawn.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -313,7 +313,8 @@ def marker(number: int) -> dict[str, Any]:
     """Return colour and marker of a series."""
     return {
         "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
+        # Another marker where colours begin again, so that no two of many series look the same.
+        "marker": MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
         "markersize": 6,
         "markeredgecolor": "white",
         "markeredgewidth": 0.7,
