@@ -58,7 +58,6 @@ class Run:
         planned: How many rounds there will be.
         failure: Why it stopped.
         features: What `features.feature_map` gave.
-        seconds: How long the rounds took.
     """
 
     config: Mapping[str, Any]
@@ -68,7 +67,6 @@ class Run:
     planned: int = 0
     failure: Sequence[str] = ()
     features: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
 
     @property
     def rounds(self) -> list[Mapping[str, Any]]:
@@ -104,7 +102,6 @@ class Run:
             folder.planned(),
             folder.failure(),
             folder.features(),
-            sum(float(line.get("seconds", 0)) for line in folder.timing()),
         )
 
 
@@ -446,16 +443,8 @@ def _facts(run: Run) -> str:
     traffic = sum(int(line.get("bytes", 0)) for line in run.lines)
     if traffic:
         facts.append((f"{traffic / 1e6:,.1f} MB", "sent and received"))
-    if run.seconds:
-        facts.append((_duration(run.seconds), "in all rounds"))
     cards = "".join(f"<div class='fact'><b>{_text(value)}</b><span>{_text(name)}</span></div>" for value, name in facts)
     return f"<div class='facts'>{cards}</div>"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 _PLOT, _GAP = 400, 40
