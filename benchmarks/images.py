@@ -402,7 +402,7 @@ def draw(work: Path, suites: Sequence[str], seeds: Sequence[int], rows: Mapping[
         groups=groups if len(suites) > 1 else None,
     )  # fmt: skip
     with Image.open(path) as drawn:
-        small = drawn.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        small = drawn.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
 
 
