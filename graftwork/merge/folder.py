@@ -388,7 +388,7 @@ def _layers_key(
         value = levels.get(place, {}).get(key)
         if type(value) is not int:
             raise CheckpointError(
-                f"{doing}: {quoted(layers_key)} is {shown(value)}, not a number; merge whole models instead"
+                f"{doing}: {quoted(layers_key)} is {shown(value)}, not a number of layers; give the key that holds it"
             )
         if stack_count is not None and value != stack_count:
             raise CheckpointError(
