@@ -264,9 +264,7 @@ def test_the_layer_count_is_found_in_a_sub_configuration() -> None:
 
 
 def test_no_or_two_layer_counts_ask_for_the_key() -> None:
-    with pytest.raises(
-        CheckpointError, match=r"key that is 6, .*\(there is n_layer = 5\); name it with --layers-key"
-    ):
+    with pytest.raises(CheckpointError, match=r"key that is 6, .*\(there is n_layer = 5\); name it with --layers-key"):
         stack_of(({"n_layer": 5}, 0))
     with pytest.raises(CheckpointError, match=r"several keys.*choose with --layers-key"):
         stack_of(({"num_layers": 6, "num_decoder_layers": 6}, 0))
