@@ -40,8 +40,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     from graftwork.simulations import digits as simulation
 
     folder = tmp_path_factory.mktemp("digits")
-    base = simulation.train_base(steps=200)
-    networks = {"base": base} | {name: simulation.train_specialist(base, name, steps=80) for name in GUISES}
+    base = simulation.train_base(steps=120)
+    networks = {"base": base} | {name: simulation.train_specialist(base, name, steps=60) for name in GUISES}
     states = {name: network.state_dict() for name, network in networks.items()}
     for name, state in states.items():
         save_file(state, folder / f"{name}.safetensors")
@@ -57,8 +57,8 @@ def learned(digits: Digits) -> Callable[[str], float]:
         if parametrisation not in known:
             paths = [digits.folder / f"{name}.safetensors" for name in ("base", *GUISES)]
             result = learn_merge(
-                paths[0], paths[1:], digits.tasks, parametrisation=parametrisation, steps=150, learning_rate=0.1,
-                coefficient_rate=0.02,
+                paths[0], paths[1:], digits.tasks, parametrisation=parametrisation, steps=80, learning_rate=0.2,
+                coefficient_rate=0.03,
             )  # fmt: skip
             place = digits.folder / parametrisation
             result.save(f"{place}.mask.safetensors")
@@ -84,7 +84,7 @@ def task_arithmetic(digits: Digits) -> float:
 
 @pytest.mark.slow
 def test_learned_merges_leave_averages_behind(digits: Digits, learned: Callable[[str], float]) -> None:
-    """Measured: task arithmetic 69, coefficients 77, mask 92, both 94, specialists 95."""
+    """Measured: task arithmetic 61.7, coefficients 68.3, mask 81.9, both 84.0, specialists 86.9."""
     torch.manual_seed(0)
     best = task_arithmetic(digits)
     assert learned("layer_wise") > best + 3
