@@ -12,7 +12,8 @@ and loggers. `--python` names an environment that is there already.
   every model and of merging.
 - **memory**: the peak over the process's base, in units of one model in float32 (P), for eight perceptrons of six
   layers of 2048 (25 million parameters): the whole of FusionBench's algorithms with their models in memory; ours with
-  the models on disk. Linux only.
+  the models on disk. On both sides freed memory goes back to the system at once (`MALLOC_MMAP_THRESHOLD_`), or what is
+  counted is mostly the allocator's. Linux only.
 - **accuracy**: of the merges, mean over tasks on test inputs. Concrete task arithmetic after 200 steps of each tool's
   with the published loss and rate, on unlabelled training inputs; Fisher with three seeds of ours.
 
