@@ -43,7 +43,20 @@ PAGES = [name for name in sorted(NAMES) if (ROOT / name).exists()]
 FENCE = re.compile(r"^```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 LANGUAGES = {"bash", "console", "yaml", "python", "text", "json", "toml"}
-OTHERS = {"python3", "python", "git", "mypy", "ruff", "source", "cd", "sudo", "journalctl", "ssh-keygen"}
+OTHERS = {
+    "python3",
+    "python",
+    "git",
+    "mypy",
+    "pip-audit",
+    "pip-licenses",
+    "ruff",
+    "source",
+    "cd",
+    "sudo",
+    "journalctl",
+    "ssh-keygen",
+}
 """Programs that are not ours and that slow commands may use."""
 
 
