@@ -841,7 +841,8 @@ class _Planner:
         self, name: str, held: Mapping[ModelReference, TensorEntry], donor: tuple[ModelReference, TensorEntry] | None
     ) -> None:
         """Say once what to do about vocabularies of different sizes."""
-        if not _ends_with(name, (*_EMBEDDINGS, *_HEADS)):
+        widths = {entry.shape[1:] for entry in held.values()}
+        if len(widths) > 1 or not _ends_with(name, (*_EMBEDDINGS, *_HEADS)):
             return
         sizes = ", ".join(f"{self.labels[self.places[ref]]} has {entry.shape[0]} rows" for ref, entry in held.items())
         keeps = "" if donor is None else f" ({self.labels[self.places[donor[0]]]}'s)"
