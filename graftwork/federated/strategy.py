@@ -78,16 +78,18 @@ class Received(Reply):
         raws: Mapping[str, Raw] | None,
         file: Path | None = None,
     ) -> None:
-        super().__init__(site, examples, metrics, self._tensors)
+        # A method of its own would tie the reply to itself: rounds of replies would wait for the garbage collector.
+        super().__init__(site, examples, metrics, lambda: _tensors_of(raws, file))
         self.raws = raws
         self.file = file
 
-    def _tensors(self) -> dict[str, Tensor]:
-        if self.raws is not None:
-            return {name: messages.tensor_of(raw) for name, raw in self.raws.items()}
-        assert self.file is not None
-        with Checkpoint.open(self.file) as checkpoint:
-            return load_torch(checkpoint)
+
+def _tensors_of(raws: Mapping[str, Raw] | None, file: Path | None) -> dict[str, Tensor]:
+    if raws is not None:
+        return {name: messages.tensor_of(raw) for name, raw in raws.items()}
+    assert file is not None
+    with Checkpoint.open(file) as checkpoint:
+        return load_torch(checkpoint)
 
 
 @dataclass(slots=True)
@@ -211,6 +213,7 @@ class Strategy:
                 kind="model",
                 method=self.algorithm.name,
                 settings=self.algorithm.settings.record(),
+                parents=self.folder.parents(),
                 force=True,
                 round=str(server.round),
             )

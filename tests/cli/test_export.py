@@ -123,6 +123,7 @@ def test_a_model_folder_to_start_from_gives_config_and_lineage(
     (tmp_path / "start/tokenizer.json").write_text("{}")
     sites = f"{finished_runs / 'sites.py'}:two"
     assert command("simulate", sites, "-r", "1", "--init", "start", "-o", "run").code == 0
+    assert "└─ start  " in command("inspect", "run/model.safetensors").out
     assert command("export", "run", "out").code == 0
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["model_type"], config["torch_dtype"]) == ("toy", "float32")
