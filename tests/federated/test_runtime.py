@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from graftwork.federated.domains import Federation
 from graftwork.federated.errors import FederationError, QuorumError
 from graftwork.federated.grid import failure, local_grid
 from graftwork.federated.log import json_lines
+from graftwork.federated.messages import raw_of
 from graftwork.federated.runs import Experiment, RunFolder
 from graftwork.federated.server import config_of, simulate
-from graftwork.federated.strategy import Outcome, Strategy
+from graftwork.federated.strategy import Outcome, Received, Strategy
 from graftwork.merge.checkpoint import Checkpoint, load_torch
 from tests.federated.toys import FAST, FAULTS, FaultyGrid, experiment, toy_federation, tree
 
@@ -412,3 +415,17 @@ def test_half_precision_models_travel(tmp_path: Path) -> None:
     assert outcome.model["head.weight"].dtype == torch.bfloat16
     assert outcome.lines[-1]["answered"] == 3
     assert not np.isnan(outcome.lines[-1]["train_loss"])
+
+
+def test_replies_are_let_go_of_without_the_garbage_collector() -> None:
+    """Otherwise the replies of many rounds are in memory until it comes round."""
+    raws = {"model/w": raw_of(torch.ones(3))}
+    reply = Received("s0", 1.0, {}, raws)
+    assert torch.equal(reply.tensors["model/w"], torch.ones(3))
+    held = weakref.ref(reply)
+    gc.disable()
+    try:
+        del reply
+        assert held() is None
+    finally:
+        gc.enable()
