@@ -213,6 +213,7 @@ class Strategy:
                 kind="model",
                 method=self.algorithm.name,
                 settings=self.algorithm.settings.record(),
+                parents=self.folder.parents(),
                 force=True,
                 round=str(server.round),
             )
