@@ -158,7 +158,7 @@ def test_sites_learn_a_common_mask_where_the_server_has_no_data(tmp_path: Path) 
 def test_the_order_of_replies_changes_nothing(tmp_path: Path) -> None:
     """The grid of faults gives replies in the opposite order."""
     for number, aggregate in enumerate(
-        ("fisher", "regmean", "permutation:to=universe,then=fisher", "concrete:where=clients,steps=3")
+        ("regmean", "permutation:to=universe,then=fisher", "concrete:where=clients,steps=3")
     ):
         run, federation = experiment(rounds=1, aggregate=aggregate), toy_federation()
         models = []
@@ -285,7 +285,7 @@ def one_shot(federation: Federation, aggregate: str, **settings: Any) -> Outcome
 
 
 def test_models_from_different_starts_are_of_use_once_their_units_are_matched() -> None:
-    """Measured: 57.2 % for the mean, 91.1 % matched; the sites alone 91.6 %."""
+    """Measured: 22.5 % for the mean, 93.3 % matched; the sites alone 95.3 %."""
     federation = digits(4, 192)
     mean, found = one_shot(federation, "mean"), one_shot(federation, "permutation")
     alone = found.lines[-1]["algorithm"]["accuracy_alone"]
