@@ -24,7 +24,6 @@ import llvmlite.binding
 import numba
 import numpy as np
 from numba import njit, types
-from numba.core.runtime import rtsys
 from numba.extending import intrinsic, overload, register_jitable
 
 from graftwork.merge import vocabulary
@@ -59,13 +58,10 @@ def cached(function: Any) -> Any:
     except RuntimeError:  # neither the package's folder nor the user's can be written to
         return njit(nogil=True, error_model="numpy")(function)
     cache = compiled._cache
-    # Not `load_overload`: it first registers everything that numba could compile, which takes longer than a small merge
-    # and imports scipy.linalg. Machine code needs none of it, and what has to be compiled after all registers it then.
-    load, save = getattr(cache, "_load_overload", cache.load_overload), cache.save_overload
+    load, save = _loader(cache), cache.save_overload
 
     def load_or_compile(signature: Any, context: Any) -> Any:
         try:
-            rtsys.initialize(context)
             return load(signature, context)
         except Exception:  # numba raises whatever unpickling does
             with contextlib.suppress(Exception):
@@ -78,6 +74,28 @@ def cached(function: Any) -> Any:
 
     cache.load_overload, cache.save_overload = load_or_compile, save_if_possible
     return compiled
+
+
+def _loader(cache: Any) -> Callable[[Any, Any], Any]:
+    """Return what loads machine code from a cache.
+
+    `load_overload` first registers everything that numba could compile, which takes longer than a small merge and
+    imports scipy.linalg. Machine code needs none of it but the runtime, and what has to be compiled after all registers
+    it then. The shorter way is not public: where a release of numba lacks it, the longer one is taken.
+    """
+    try:
+        from numba.core.runtime import rtsys
+
+        load, initialize = cache._load_overload, rtsys.initialize
+    except (ImportError, AttributeError):
+        public: Callable[[Any, Any], Any] = cache.load_overload
+        return public
+
+    def load_machine_code(signature: Any, context: Any) -> Any:
+        initialize(context)
+        return load(signature, context)
+
+    return load_machine_code
 
 
 # ---------------------------------------------------------------- bit casts
