@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +16,11 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Command
+from tests.cli.federation import FEDERATION
 
 pytest.importorskip("flwr")
+from graftwork.federated.ray import ENVIRONMENT
+
 pytestmark = pytest.mark.flower
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "federated.json"
@@ -23,44 +28,6 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "federated.json"
 COMMON = ["-r", "3", "--set", "optimiser=adam", "--set", "learning_rate=0.003"]
 CASES = {"fedavg": COMMON, "fedbn": COMMON, "fedka": ["--target", "rotate", *COMMON]}
 """Runs whose numbers are kept in a golden file."""
-
-FEDERATION = '''
-"""Four sites that tell two clouds of points apart; a site called broken raises if there is a file called break."""
-
-from pathlib import Path
-
-import torch
-from torch import nn
-
-from graftwork.merge.task import Task
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.neck = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x):
-        return self.head(self.neck(x))
-
-
-def task(name, seed):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(40) % 2
-    inputs = torch.randn(40, 4, generator=generator) + 2 * labels[:, None] - 1
-
-    def batches():
-        if (Path(__file__).parent / f"break-{name}").exists():
-            raise RuntimeError("the disk is gone")
-        yield inputs, labels
-
-    return Task(name, model=Net, batches=batches, test=lambda: iter([(inputs, labels)]), head="head")
-
-
-def federation():
-    return {f"s{i}": task(f"s{i}", i) for i in range(4)}
-'''
 
 
 @pytest.fixture
@@ -221,17 +188,70 @@ def test_workers_that_die_or_hang_cost_their_client_only(command: Command, site_
     assert "no answer within 20 s" in line["failed"]["s1"]
 
 
+def free_ports(count: int) -> list[int]:
+    held = [socket.socket() for _ in range(count)]
+    try:
+        for one in held:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in held]
+    finally:
+        for one in held:
+            one.close()
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.slow
 def test_flowers_own_simulation_gives_the_same_model(command: Command, site_file: Path, tmp_path: Path) -> None:
+    """By the `flwr run` line that `--backend ray` prints."""
     pytest.importorskip("ray")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    arguments = ["simulate", f"{site_file}:federation", "-r", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "graftwork.cli", *arguments, "--backend", "ray", "-o", "ray"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False,
+    arguments = ["simulate", f"{site_file}:two", "-r", "1", "-o", "own"]
+    assert command(*arguments).code == 0
+    refused = command(*arguments, "--backend", "ray")  # after the line is printed, because there is a run already
+    assert refused.code == 1
+    line = next(line for line in refused.err.splitlines() if " flwr run " in line).split(": ", 1)[1]
+    (tmp_path / "flower").mkdir()
+    (tmp_path / "flower" / "config.json").write_bytes((tmp_path / "own" / "config.json").read_bytes())
+    ports = free_ports(2)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(ports[0]),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(ports[1]),
+        "FLWR_HOME": str(tmp_path / "home"),
+        **ENVIRONMENT,
+    }
+    # Flower would start it itself, but leave it behind.
+    superlink = subprocess.Popen(
+        ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1",
+         "--port", str(ports[0]), "--control-api-address", f"127.0.0.1:{ports[1]}"],
+        env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "flwr run" in done.stderr
-    assert command(*arguments, "-o", "own").code == 0
+    try:
+        wait_for(ports[0])
+        done = subprocess.run(
+            line.replace(str(tmp_path / "own"), str(tmp_path / "flower")), shell=True, cwd=tmp_path, env=environment,
+            capture_output=True, text=True, timeout=400, check=False,
+        )  # fmt: skip
+    finally:
+        stop(superlink)
     name = "model.safetensors"
-    assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
+    assert (tmp_path / "flower" / name).exists(), (done.stdout + done.stderr)[-3000:]
+    assert (tmp_path / "flower" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
+
+
+def wait_for(port: int) -> None:
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.2)
+    raise AssertionError("the SuperLink did not start")
