@@ -6,6 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
+import typer.core
 
 from graftwork.cli.barrier import barrier, lmc
 from graftwork.cli.demonstration import demo
@@ -27,6 +28,9 @@ from graftwork.cli.runs import runs
 from graftwork.cli.serve import keys, serve
 from graftwork.cli.simulate import simulate
 from graftwork.cli.verify import verify
+
+# Help is plain text here, but where rich is installed typer escapes the brackets of defaults for it: `\[default: 0]`.
+typer.core.HAS_RICH = False
 
 app = typer.Typer(
     name="graftwork",

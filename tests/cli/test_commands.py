@@ -74,6 +74,12 @@ def test_an_unknown_method_names_the_nearest(command: Command) -> None:
     assert outcome.errors == ['error: there is no method "tiess"; did you mean "ties"?']
 
 
+def test_help_is_plain_text(command: Command) -> None:
+    shown = command("inspect", "--help").out + command("fisher", "--help").out
+    assert "[default: float32]" in shown
+    assert "\\[" not in shown
+
+
 def test_the_schema_is_one(command: Command) -> None:
     schema = json.loads(command("schema").out)
     assert "merge_method" in schema["properties"]
