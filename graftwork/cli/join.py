@@ -42,7 +42,7 @@ def join(
         str, typer.Option("--aggregate", help="How the server aggregates, for --explain: some ways ask for statistics.")
     ] = "mean",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show everything that Flower says.")] = False,
-    json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object per line, for machines.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object per line, for machines.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what --check and --explain find as JSON.")] = False,
 ) -> None:
     """Take part in a federation as a site, until stopped with Ctrl-C."""
@@ -51,7 +51,7 @@ def join(
     if (algorithm or settings) and not explain:
         raise usage_error("--algorithm and --set belong to --explain: in a run the server names the algorithm")
     if as_json and not (check or explain):
-        raise usage_error("--json belongs to --check and --explain; for a running site there is --json-logs")
+        raise usage_error("--json belongs to --check and --explain; for a running site there is --log-json")
     with readable_errors():
         from graftwork.cli.simulate import _need_flower
 
@@ -88,7 +88,7 @@ def join(
             read_site(data).deterministic,
             verbose,
         )
-        say = _teller(found.site, json_logs)
+        say = _teller(found.site, log_json)
         what = next(each.text for each in checks if each.name == "data")
         say("joining", f"joining {joining.server} as {found.site} with {what}; Ctrl-C stops it")
         supervise(joining, say)
@@ -201,14 +201,14 @@ def _settings(given: list[str]) -> dict[str, str]:
     return found
 
 
-def _teller(site: str, json_logs: bool) -> Tell:
+def _teller(site: str, log_json: bool) -> Tell:
     """Return what writes events as lines on stderr, with the time."""
     import datetime
     import json
 
     def say(event: str, text: str, *, is_problem: bool = False) -> None:
         now = datetime.datetime.now(datetime.UTC)
-        if json_logs:
+        if log_json:
             level = "warning" if is_problem else "info"
             line = {"time": now.isoformat(timespec="milliseconds"), "level": level, "event": event, "site": site}
             tell(json.dumps({**line, "text": text}, ensure_ascii=False))

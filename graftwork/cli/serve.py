@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,9 @@ def serve(
     force: Annotated[bool, typer.Option("--force", help="Replace the run in it.")] = False,
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with this run from its newest round.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No lines per round.")] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="What happens, as one JSON object per line on stderr.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a federation of real sites: a Flower SuperLink with TLS and a key per site.
@@ -40,6 +44,7 @@ def serve(
         raise usage_error("--resume RUN goes on in RUN; leave out --out and --force")
     with readable_errors():
         _need_flower()
+        from graftwork.federated import log
         from graftwork.federated.configuration import read_federation
         from graftwork.federated.deployment import Deployment, open_run
 
@@ -48,15 +53,19 @@ def serve(
         again = f"graftwork serve --config {config} --resume {folder.path}"
 
         def show(line: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-            if not quiet:
+            if log_json:
+                log.tell_round(line, timing)
+            elif not quiet:
                 tell(_live(line, timing, said.experiment))
 
         def note(line: str) -> None:
-            if not quiet:
+            if log_json:
+                log.tell("note", text=line)
+            elif not quiet:
                 tell(line)
 
         try:
-            with Deployment(said, folder, note) as deployment:
+            with log.json_lines() if log_json else nullcontext(), Deployment(said, folder, note) as deployment:
                 how = "TLS and a key per site" if deployment.keys is not None else "neither TLS nor keys"
                 place = said.server
                 note(f"SuperLink on {place.host}, port {place.port}, with {how}; run {folder.path}")

@@ -334,7 +334,7 @@ class Deployment:
                 continue
             if number not in times and "skipped" not in line:
                 break
-            observer(line, {"seconds": times.get(number, {}).get("seconds", 0.0), "bytes": line.get("bytes", 0)})
+            observer(line, {"seconds": 0.0, "bytes": line.get("bytes", 0), **times.get(number, {})})
             seen = number
         return seen
 

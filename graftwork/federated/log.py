@@ -13,6 +13,7 @@ asks for it. `json_lines` shows it: `{"time": …, "level": "warning", "event": 
 | `round_finished` | info | round, asked, answered, accuracy, train_loss, seconds, bytes |
 | `round_skipped` | warning | round, reason |
 | `run_finished` | info | rounds, accuracy |
+| `note` | info | text: what `graftwork serve` has to say besides |
 
 Reasons are those of the run's record: one line, cut off at `messages.LONGEST_REASON` characters, control characters
 taken out. Settings, keys and environment are never written.
@@ -26,7 +27,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TextIO
+from typing import Any, TextIO
 
 LOGGER = logging.getLogger("graftwork.federated")
 LOGGER.addHandler(logging.NullHandler())
@@ -40,6 +41,19 @@ def tell(event: str, /, **fields: object) -> None:
 def warn(event: str, /, **fields: object) -> None:
     """Report an event that somebody should look at."""
     _log(logging.WARNING, event, fields)
+
+
+def tell_round(line: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+    """Report a round that is over: its line of `metrics.jsonl`, and its seconds."""
+    again = {"asked_again": timing["asked_again"]} if timing.get("asked_again") else {}
+    seconds = round(float(timing["seconds"]), 3) if "seconds" in timing else None
+    if "skipped" in line:
+        warn("round_skipped", round=line["round"], reason=line["skipped"])
+    else:
+        tell("round_finished", **{key: line.get(key) for key in _OF_A_ROUND}, seconds=seconds, **again)
+
+
+_OF_A_ROUND = ("round", "asked", "answered", "train_loss", "accuracy", "epsilon", "bytes")
 
 
 def _log(level: int, event: str, fields: Mapping[str, object]) -> None:

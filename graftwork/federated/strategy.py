@@ -34,7 +34,7 @@ from graftwork.federated.asking import LOST, NODE_UNAVAILABLE, PATIENCE_SECONDS,
 from graftwork.federated.client import start_values
 from graftwork.federated.domains import Federation
 from graftwork.federated.errors import FederationError, QuorumError
-from graftwork.federated.log import tell, warn
+from graftwork.federated.log import tell, tell_round, warn
 from graftwork.federated.messages import bytes_of
 from graftwork.federated.normalisation import batch_norm_names
 from graftwork.federated.privacy import epsilon, operator_for, statement
@@ -295,11 +295,7 @@ class Strategy:
         again = {"asked_again": dict(sorted(self._asked_again.items()))} if self._asked_again else {}
         if self.folder is not None:
             self.folder.add_timing({"round": self.server.round, "seconds": round(seconds, 3), **again})
-        if "skipped" in line:
-            warn("round_skipped", round=self.server.round, reason=line["skipped"])
-        else:
-            keys = ("round", "asked", "answered", "train_loss", "accuracy", "epsilon", "bytes")
-            tell("round_finished", **{key: line.get(key) for key in keys}, seconds=round(seconds, 3), **again)
+        tell_round(line, {"seconds": seconds, **again})
         self.observer(line, {"seconds": seconds, "bytes": self._bytes, **again})
 
     def _sampled(self) -> list[str]:

@@ -106,7 +106,7 @@ def test_explain_shows_by_default_every_algorithm_that_the_site_allows(command: 
     [
         (("--check", "--explain"), 2, "--check or --explain, not both"),
         (("--algorithm", "fedavg"), 2, "belong to --explain"),
-        (("--json",), 2, "--json-logs"),
+        (("--json",), 2, "--log-json"),
         (("--explain", "--set", "x"), 2, "write it as KEY=VALUE"),
         (("--explain", "--algorithm", "fedavgg"), 1, 'did you mean "fedavg"?'),
         (("--explain", "--algorithm", "fedka"), 1, 'takes part in "fedavg", "fedbn" only'),
@@ -133,8 +133,8 @@ def test_an_address_that_is_none_is_told(command: Command, place: Path) -> None:
 def test_log_lines_are_plain_or_json_and_name_the_site(capsys: pytest.CaptureFixture[str]) -> None:
     from graftwork.cli.join import _teller
 
-    _teller("oslo", json_logs=False)("waiting", "no server\nthere", is_problem=True)
-    _teller("oslo", json_logs=True)("waiting", "no server there", is_problem=True)
+    _teller("oslo", log_json=False)("waiting", "no server\nthere", is_problem=True)
+    _teller("oslo", log_json=True)("waiting", "no server there", is_problem=True)
     plain, structured = capsys.readouterr().err.splitlines()
     assert plain.endswith("Z oslo: problem: no server there")
     said = json.loads(structured)
