@@ -25,7 +25,8 @@ pytestmark = pytest.mark.flower
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "federated.json"
 
-COMMON = ["-r", "3", "--set", "optimiser=adam", "--set", "learning_rate=0.003"]
+# Not Adam: the bias of a layer before batch normalisation has no gradient but rounding, which Adam would make a step of.
+COMMON = ["-r", "3", "--set", "learning_rate=0.03", "--set", "momentum=0.9"]
 CASES = {"fedavg": COMMON, "fedbn": COMMON, "fedka": ["--target", "rotate", *COMMON]}
 """Runs whose numbers are kept in a golden file."""
 
@@ -168,7 +169,8 @@ def test_a_process_killed_after_round_2_goes_on_to_the_same_bytes(
     assert command(*arguments, "-o", "whole").code == 0
     whole, killed = files(tmp_path / "whole"), files(tmp_path / "killed")
     assert whole.keys() == killed.keys()
-    assert [name for name in whole if whole[name] != killed[name]] == ["config.json"]
+    # Both say how many rounds were planned at first.
+    assert {name for name in whole if whole[name] != killed[name]} == {"config.json", "report.html"}
 
 
 @pytest.mark.slow
