@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,6 +30,7 @@ from graftwork.federated.authority import Certificates, is_host, is_site_name
 from graftwork.federated.domains import BUILT_IN, Federation, FederationSpec, build
 from graftwork.federated.errors import FederationError
 from graftwork.federated.runs import Experiment
+from graftwork.federated.toml_file import read_toml
 from graftwork.merge.checkpoint import listed, quoted
 from graftwork.merge.errors import GraftworkError, did_you_mean
 from graftwork.merge.task import load_task
@@ -134,16 +134,7 @@ def read_federation(path: Path) -> Description:
     Raises:
         FederationError: It cannot be read, or says something wrong; every problem at once.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise FederationError(f"there is no file {quoted(path)}{did_you_mean(str(path), near)}") from None
-    except OSError as error:
-        raise FederationError(f"cannot read {quoted(path)}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FederationError(f"cannot read {quoted(path)}: it is no TOML: {error}") from None
-    return _checked(path.absolute(), content)
+    return _checked(path.absolute(), read_toml(path))
 
 
 def _checked(path: Path, content: Mapping[str, Any]) -> Description:

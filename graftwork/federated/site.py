@@ -20,7 +20,6 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from graftwork.federated.algorithms import names as algorithm_names
 from graftwork.federated.compute import PRECISIONS, Compute
 from graftwork.federated.errors import FederationError
+from graftwork.federated.toml_file import read_toml
 from graftwork.merge.checkpoint import listed, quoted
 from graftwork.merge.errors import GraftworkError, did_you_mean
 from graftwork.merge.task import Task, load_object, raise_user_failure
@@ -188,16 +188,7 @@ def read_site(path: Path) -> Description:
     Raises:
         FederationError: It cannot be read, or says something wrong; every problem at once.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise FederationError(f"there is no file {quoted(path)}{did_you_mean(str(path), near)}") from None
-    except OSError as error:
-        raise FederationError(f"cannot read {quoted(path)}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FederationError(f"cannot read {quoted(path)}: it is no TOML: {error}") from None
-    return _checked(path.absolute(), content)
+    return _checked(path.absolute(), read_toml(path))
 
 
 def _checked(path: Path, content: Mapping[str, Any]) -> Description:
