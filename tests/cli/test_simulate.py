@@ -25,7 +25,7 @@ pytestmark = pytest.mark.flower
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "federated.json"
 
-# Not Adam: the bias of a layer before batch normalisation has no gradient but rounding, which Adam would make a step of.
+# Not Adam: a bias before batch normalisation has no gradient but rounding, which Adam would make a step of.
 COMMON = ["-r", "3", "--set", "learning_rate=0.03", "--set", "momentum=0.9"]
 CASES = {"fedavg": COMMON, "fedbn": COMMON, "fedka": ["--target", "rotate", *COMMON]}
 """Runs whose numbers are kept in a golden file."""
